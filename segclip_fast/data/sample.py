@@ -1,0 +1,42 @@
+"""What a data source yields: one image, its caption, and what is known about both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+IGNORE_LABEL = 255
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One image-text pair as stored or generated, before any augmentation.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        caption: the text that goes with the image.
+        mask: (H, W) int64 ground truth, an index into the source's `class_names` (255 = ignore), or None.
+            Training never reads it; evaluation does.
+        content: every concept known to be visible in the image (empty when unknown).
+        mentioned: the concepts that the caption names (empty when unknown). A caption also holds for another
+            image when all concepts it mentions are in that image's content.
+    """
+
+    image: np.ndarray
+    caption: str
+    mask: np.ndarray | None = None
+    content: tuple[str, ...] = ()
+    mentioned: tuple[str, ...] = ()
+
+
+class ImageTextSource(Protocol):
+    """A finite, indexable source of image-text pairs; the same index always gives the same sample."""
+
+    class_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> RawSample: ...

@@ -1,0 +1,1 @@
+"""Checkpoints of this library, of the authors' release, and of CLIP."""

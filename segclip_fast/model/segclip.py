@@ -1,0 +1,245 @@
+"""SegCLIP: two towers, grouping in between, three losses (paper Figure 2).
+
+Shapes: B batch, H W pixels, N patches, K visible patches of a masked image, L centers, E joint embedding, T
+tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses
+from ..config import LossConfig, SegCLIPConfig
+from ..losses import Losses
+from ..ops import superpixel_kl
+from .grouping import gumbel
+from .initialise import initialise
+from .reconstruction import Reconstruction, mask_patches, patchify
+from .text import TextEncoder
+from .vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from ..evaluation.segmentation import Segmentation
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the image tower sees.
+
+    Attributes:
+        image: (B, E) image feature, not normalised.
+        regions: (B, L, E) region features, not normalised.
+        logits: (B, L, N) clean center-patch scores.
+        soft: (B, L, N) their softmax over the centers; inference reads it.
+        hard: (B, L, N) one-hot assignment of every patch to one center.
+    """
+
+    image: Tensor
+    regions: Tensor
+    logits: Tensor
+    soft: Tensor
+    hard: Tensor
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The random numbers of one training step, so that a step can be replayed.
+
+    Attributes:
+        full: (B, L, N) Gumbel(0, 1) for the assignment of the whole image.
+        mask: (B, N) uniform; the patches with the least values stay visible.
+        masked: (B, L, K) Gumbel(0, 1) for the assignment of the masked image.
+    """
+
+    full: Tensor
+    mask: Tensor
+    masked: Tensor
+
+
+class SegCLIP(nn.Module):
+    """Open-vocabulary segmentation learned from captions.
+
+    Args:
+        config: the architecture; default the paper's ViT-B/16.
+        loss: loss weights and forms used by `forward`.
+    """
+
+    def __init__(self, config: SegCLIPConfig | None = None, loss: LossConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or SegCLIPConfig()
+        self.loss = loss or LossConfig()
+        self.text = TextEncoder(self.config.text, self.config.embed_dim)
+        self.vision = VisionEncoder(self.config.vision, self.config.grouping, self.config.embed_dim)
+        self.reconstruction = Reconstruction(self.config) if self.config.reconstruction.enabled else None
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        initialise(self)
+
+    # --- features
+
+    def tokenize(self, texts: Sequence[str], length: int | None = None) -> Tensor:
+        """Token ids (B, T) int64; T = `length` or the context length; too long texts keep their end token."""
+        from ..data.tokenizer import tokenizer_for
+
+        return tokenizer_for(self.config.text)(texts, length)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Text features (B, E), not normalised, of token ids (B, T) int64."""
+        return self.text(tokens)
+
+    def encode_image(self, images: Tensor) -> ImageFeatures:
+        """Clean features of normalised images: no noise, no temperature, whatever the training flag says.
+
+        Args:
+            images: (B, 3, H, W) floating point, CLIP-normalised; sides divisible by the patch.
+
+        Raises:
+            ValueError: wrong shape or dtype.
+        """
+        grouping = self.vision.grouping(self.vision.encode_patches(self.vision.embed(images)))
+        image, regions = self.vision.encode_regions(grouping.regions)
+        logits = grouping.logits
+        return ImageFeatures(image, regions, logits, logits.float().softmax(dim=1), grouping.hard)
+
+    # --- training
+
+    def draw_noise(self, images: Tensor, generator: torch.Generator | None = None) -> Noise:
+        """Random numbers for a step on `images` (B, 3, H, W), drawn in the order full, mask, masked."""
+        patch, L = self.config.vision.patch_size, self.config.grouping.centers
+        B, N = len(images), (images.shape[2] // patch) * (images.shape[3] // patch)
+        device, kept = images.device, self.config.reconstruction.kept(N)
+        full = gumbel((B, L, N), device, generator)
+        mask = torch.rand((B, N), device=device, generator=generator)
+        return Noise(full, mask, gumbel((B, L, kept), device, generator))
+
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        superpixels: Tensor | None = None,
+        noise: Noise | None = None,
+        *,
+        holds: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
+        """The losses of one batch of image-text pairs, with noisy assignment.
+
+        Args:
+            images: (B, 3, H, W) normalised images; with the reconstruction branch H = W = the training size.
+            tokens: (B, T) int64 token ids of the captions.
+            superpixels: (B, H / patch, W / patch) integer superpixel label of each patch; None leaves the
+                superpixel loss out.
+            noise: random numbers to replay; None draws them from `generator`.
+            holds: (B, B) bool, caption j also holds for image i; read if loss.mask_false_negatives.
+            generator: source of the noise; None is torch's global one.
+
+        Returns:
+            Losses(total, contrastive, reconstruction, superpixel_kl); terms of weight 0 are None.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        weights = self.loss
+        noise = noise or self.draw_noise(images, generator)
+        patches = self.vision.embed(images)  # (B, N, D)
+        grouping = self.vision.grouping(self.vision.encode_patches(patches), noise.full)
+
+        contrast = pixels = consistency = None
+        if weights.contrastive > 0:
+            image, _ = self.vision.encode_regions(grouping.regions)
+            known = holds if weights.mask_false_negatives else None
+            contrast = losses.contrastive(image, self.encode_text(tokens), self.logit_scale, known)
+        if weights.reconstruction > 0 and self.reconstruction is not None:
+            pixels = self._reconstruction_loss(images, patches, noise)
+        if weights.superpixel_kl > 0 and superpixels is not None:
+            labels = self._patch_labels(superpixels, images)
+            consistency = superpixel_kl(labels, grouping.hard.mT, weights.kl_form)
+
+        total = images.new_zeros((), dtype=torch.float32)
+        for name, term in (
+            ("contrastive", contrast),
+            ("reconstruction", pixels),
+            ("superpixel_kl", consistency),
+        ):
+            if term is not None:
+                total = total + getattr(weights, name) * term
+        return Losses(total, contrast, pixels, consistency)
+
+    def _reconstruction_loss(self, images: Tensor, patches: Tensor, noise: Noise) -> Tensor:
+        assert self.reconstruction is not None
+        size = self.config.vision.image_size
+        if images.shape[2:] != (size, size):
+            raise ValueError(
+                f"images: expected {size} x {size} to reconstruct, got {tuple(images.shape[2:])}"
+            )
+        masking = mask_patches(noise.mask, self.config.reconstruction.kept(patches.shape[1]))
+        visible = self.vision.encode_patches(masking.select(patches))  # (B, K, D)
+        grouping = self.vision.grouping(visible, noise.masked)
+        predicted = self.reconstruction(grouping.regions, grouping.hard, masking)
+        target = patchify(images, self.config.vision.patch_size)
+        return losses.reconstruction(predicted, target, masking.hidden)
+
+    def _patch_labels(self, superpixels: Tensor, images: Tensor) -> Tensor:
+        patch = self.config.vision.patch_size
+        expected = (len(images), images.shape[2] // patch, images.shape[3] // patch)
+        if superpixels.shape != expected:
+            raise ValueError(
+                f"superpixels: expected {expected} patch labels, got {tuple(superpixels.shape)}; "
+                "see segclip_fast.ops.patch_labels"
+            )
+        return superpixels.flatten(1)
+
+    # --- use
+
+    def segment(self, image: Any, labels: Sequence[str], **options: Any) -> Segmentation:
+        """Label every pixel of `image` with one of `labels`; see `evaluation.segmentation.segment`."""
+        from ..evaluation.segmentation import segment
+
+        return segment(self, image, labels, **options)
+
+    # --- files
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, device: str = "cpu", **options: Any) -> SegCLIP:
+        """Load a checkpoint: our folder (config.json + model.safetensors) or the authors' file.
+
+        Args:
+            path: folder or file.
+            device: where the model goes.
+            options: for the authors' file, see `interop.authors.load_authors`.
+
+        Raises:
+            FileNotFoundError: nothing at `path`.
+            ValueError: truncated, of another architecture (lists the keys), or a pickle with code in it.
+        """
+        from ..interop.checkpoint import load
+
+        model, values = load(cls, Path(path), **options)
+        model.load_state_dict(values, assign=False)
+        return model.to(device).eval()
+
+    @classmethod
+    def from_clip(cls, name: str, pretrained: str | None = None, **options: Any) -> SegCLIP:
+        """Start from a CLIP model; see `interop.clip.from_clip`."""
+        from ..interop.clip import from_clip
+
+        return from_clip(cls, name, pretrained, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write config.json and model.safetensors; refuses to replace a checkpoint unless `overwrite`."""
+        from ..interop.checkpoint import save
+
+        save(self, Path(folder), overwrite=overwrite)
+
+    def export_authors(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the authors' layout (a torch file of 415 tensors for ViT-B/16); see `interop.authors`."""
+        from ..interop.authors import export
+
+        export(self, Path(path), overwrite=overwrite)

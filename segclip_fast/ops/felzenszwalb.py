@@ -1,0 +1,314 @@
+"""Superpixels by graph-based segmentation (Felzenszwalb and Huttenlocher, IJCV 2004), and their patch labels.
+
+The compiled op, its NumPy twin and scikit-image's `felzenszwalb` with a stable argsort agree label for label.
+
+Shapes: B batch, C channels, H W pixels, h w patches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import ModuleType
+from typing import TypeVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+HOW = ("majority", "mean")
+MAX_PIXELS = 2**30  # per image: an edge is packed into 32 bits, 2 of them for its direction
+MAX_SIGMA = 1e4
+
+
+@overload
+def felzenszwalb(
+    image: np.ndarray, *, scale: float = ..., sigma: float = ..., min_size: int = ..., threads: int = ...
+) -> np.ndarray: ...
+
+
+@overload
+def felzenszwalb(
+    image: Tensor, *, scale: float = ..., sigma: float = ..., min_size: int = ..., threads: int = ...
+) -> Tensor: ...
+
+
+def felzenszwalb(
+    image: np.ndarray | Tensor,
+    *,
+    scale: float = 1.0,
+    sigma: float = 0.8,
+    min_size: int = 20,
+    threads: int = 0,
+) -> np.ndarray | Tensor:
+    """Segments images into superpixels; exact in float64, one image per thread.
+
+    SegCLIP's superpixels use scale 224, sigma 0.9, min_size 224.
+
+    Args:
+        image: a NumPy (H, W) or (H, W, C) image, or a tensor of B images (B, C, H, W). uint8 is scaled to
+            [0, 1]; float32 and float64 are taken as they are and should lie in [0, 1]. Any strides.
+        scale: larger values give fewer, larger segments.
+        sigma: standard deviation of the Gaussian blur, in pixels; 0 for none.
+        min_size: smaller segments are joined to a neighbour, in pixels.
+        threads: at most this many threads, one image each; 0 uses every core this process may run on.
+
+    Returns:
+        Labels 0, 1, ... numbered by first appearance in raster order: int64 (H, W) for a NumPy image, int32
+        (B, H, W) on the same device for a tensor.
+
+    Raises:
+        TypeError: image is neither an array nor a tensor, or its dtype is not uint8, float32 or float64.
+        ValueError: wrong number of dimensions, no pixels or channels, more than 2^30 pixels in one image,
+            NaN or infinity, or a parameter out of range.
+        NotImplementedError: image is a tensor that is not on the CPU.
+        ImportError: the compiled extension is missing.
+    """
+    _check_parameters(scale, sigma, min_size, threads)
+    if isinstance(image, Tensor):
+        _check_tensor(image)
+        return torch.ops.segclip_fast.felzenszwalb(
+            image, float(scale), float(sigma), int(min_size), int(threads)
+        )
+    batch = _with_channels(image)[None]  # (1, H, W, C)
+    return _segment(batch, scale, sigma, min_size, threads, planar=False)[0].astype(np.int64)
+
+
+def felzenszwalb_ref(
+    image: np.ndarray, *, scale: float = 1.0, sigma: float = 0.8, min_size: int = 20, threads: int = 0
+) -> np.ndarray:
+    """Plain-NumPy twin of `felzenszwalb` for one image, the specification; `threads` is ignored.
+
+    Returns:
+        (H, W) int64 labels.
+    """
+    _check_parameters(scale, sigma, min_size, threads)
+    pixels = _with_channels(image)
+    _check_finite(pixels)
+    pixels = pixels * (1.0 / 255) if pixels.dtype == np.uint8 else pixels.astype(np.float64)
+    weights, first, second = _edges_ref(_blur_ref(pixels, sigma))
+    order = np.argsort(
+        weights, kind="stable"
+    ).tolist()  # ties: right, down, down-right, up-right; raster in each
+    k = scale / 255.0
+    parent = list(range(pixels.shape[0] * pixels.shape[1]))
+    size = [1] * len(parent)
+    threshold = [float(np.float32(k))] * len(parent)  # Int(C) + k / |C|, rounded to float32
+
+    def find(x: int) -> int:
+        while parent[x] != x:
+            parent[x] = x = parent[parent[x]]
+        return x
+
+    def join(a: int, b: int) -> int:
+        root, child = min(a, b), max(a, b)
+        parent[child] = root
+        size[root] += size[child]
+        return root
+
+    for e in order:
+        a, b, weight = find(first[e]), find(second[e]), float(weights[e])
+        if a != b and weight < min(threshold[a], threshold[b]):
+            root = join(a, b)
+            threshold[root] = float(np.float32(weight + k / size[root]))
+    for e in order:
+        a, b = find(first[e]), find(second[e])
+        if a != b and min(size[a], size[b]) < min_size:
+            join(a, b)
+    roots = [find(x) for x in range(len(parent))]  # smallest pixel of each segment, so ranks are raster order
+    return np.unique(roots, return_inverse=True)[1].reshape(pixels.shape[:2]).astype(np.int64)
+
+
+def patch_labels(labels: Array, patch: int, how: str = "majority") -> Array:
+    """One superpixel label per square patch.
+
+    Args:
+        labels: (B, H, W) or (H, W) integers, array or tensor; H and W divisible by patch.
+        patch: side of a patch, in pixels.
+        how: "majority" takes the most frequent label, the smallest of several; "mean" the arithmetic mean of
+            the label numbers cut towards zero, as the released SegCLIP does.
+
+    Returns:
+        (B, h, w) or (h, w) int64, array or tensor like `labels`.
+
+    Raises:
+        TypeError: labels are not integers.
+        ValueError: wrong number of dimensions, sides not divisible by patch, or an unknown `how`.
+    """
+    tensor = torch.as_tensor(labels)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"labels: expected integers, got {tensor.dtype}")
+    if tensor.ndim not in (2, 3):
+        raise ValueError(f"labels: expected (B, H, W) or (H, W), got {tuple(tensor.shape)}")
+    if patch < 1 or tensor.shape[-2] % patch or tensor.shape[-1] % patch:
+        raise ValueError(f"labels: expected sides divisible by patch {patch}, got {tuple(tensor.shape)}")
+    if how not in HOW:
+        raise ValueError(f"how: expected one of {HOW}, got {how!r}")
+    grid = tensor.to(torch.int64).unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # (..., h, p, w, p)
+    cells = grid.transpose(-3, -2).flatten(-2)  # (..., h, w, p * p)
+    if how == "mean":
+        result = torch.div(cells.sum(dim=-1), patch * patch, rounding_mode="trunc")
+    else:
+        result = _smallest_mode(cells)
+    return result if isinstance(labels, Tensor) else result.numpy()
+
+
+def _smallest_mode(cells: Tensor) -> Tensor:
+    """Most frequent value of the last axis, the smallest of several."""
+    ordered = cells.sort(dim=-1).values
+    index = torch.arange(ordered.shape[-1], device=ordered.device).expand(ordered.shape)
+    starts = torch.zeros_like(index)
+    starts[..., 1:] = torch.where(ordered[..., 1:] != ordered[..., :-1], index[..., 1:], 0)
+    run = index - starts.cummax(dim=-1).values  # how many equal values came before
+    best = run.argmax(dim=-1, keepdim=True)  # the first, hence smallest, of the longest runs
+    return ordered.gather(-1, best).squeeze(-1)
+
+
+# --- twin: the steps before merging
+
+
+def _blur_ref(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of (H, W, C) down the columns, then along the rows, mirrored borders."""
+    taps = _gaussian_taps(sigma)
+    radius = len(taps) - 1
+    for axis in (0, 1) if radius >= 0 else ():
+        pad = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
+        padded = np.moveaxis(np.pad(pixels, pad, mode="symmetric"), axis, 0)
+        n = pixels.shape[axis]
+        blurred = padded[radius : radius + n] * taps[0]
+        for j in range(radius, 0, -1):  # from the far taps inwards: the order decides the last bit
+            blurred = (
+                blurred
+                + (padded[radius - j : radius - j + n] + padded[radius + j : radius + j + n]) * taps[j]
+            )
+        pixels = np.ascontiguousarray(np.moveaxis(blurred, 0, axis))
+    return pixels
+
+
+def _edges_ref(pixels: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
+    """Weight (E,), first and second pixel of every edge of the 8-connected grid of (H, W, C)."""
+    H, W, _ = pixels.shape
+    index = np.arange(H * W).reshape(H, W)
+    to, back, all_ = slice(1, None), slice(None, -1), slice(None)
+    pairs = [
+        ((all_, back), (all_, to)),  # right
+        ((back, all_), (to, all_)),  # down
+        ((back, back), (to, to)),  # down-right
+        ((back, to), (to, back)),  # up-right
+    ]
+    weights = [np.sqrt(np.sum((pixels[b] - pixels[a]) * (pixels[b] - pixels[a]), axis=-1)) for a, b in pairs]
+    first = np.concatenate([index[a].ravel() for a, _ in pairs]).tolist()
+    second = np.concatenate([index[b].ravel() for _, b in pairs]).tolist()
+    return np.concatenate([w.ravel() for w in weights]), first, second
+
+
+# --- the compiled op
+
+
+@functools.lru_cache(maxsize=32)
+def _gaussian_taps(sigma: float) -> tuple[float, ...]:
+    """Right half of the normalised Gaussian cut at 4 sigma; empty for sigma 0.
+
+    Computed by NumPy, as scikit-image does: its vectorised exp may differ from C++'s in the last bit.
+    """
+    if sigma <= 1e-15:
+        return ()
+    radius = int(4.0 * sigma + 0.5)
+    taps = np.exp(-0.5 / (sigma * sigma) * np.arange(-radius, radius + 1) ** 2)
+    return tuple((taps / taps.sum())[radius:].tolist())
+
+
+def _extension() -> ModuleType:
+    try:
+        from .. import _C
+    except ImportError as error:
+        raise ImportError(
+            "segclip_fast._C: the compiled extension is missing or does not load; build it with "
+            f"`pip install -e .` in the repository (needs a C++17 compiler): {error}"
+        ) from error
+    return _C
+
+
+def _segment(
+    batch: np.ndarray, scale: float, sigma: float, min_size: int, threads: int, planar: bool
+) -> np.ndarray:
+    """(B, H, W, C), or (B, C, H, W) if planar -> (B, H, W) int32."""
+    _check_finite(batch)
+    if not batch.flags.aligned or any(stride % batch.itemsize for stride in batch.strides):
+        batch = np.ascontiguousarray(batch)
+    taps = _gaussian_taps(float(sigma))
+    return _extension().felzenszwalb(
+        batch, float(scale), float(sigma), int(min_size), int(threads), planar=planar, taps=taps
+    )
+
+
+def _felzenszwalb_cpu(image: Tensor, scale: float, sigma: float, min_size: int, threads: int) -> Tensor:
+    pixels = image.detach().numpy()  # (B, C, H, W)
+    return torch.from_numpy(_segment(pixels, scale, sigma, min_size, threads, planar=True))
+
+
+def _felzenszwalb_fake(image: Tensor, scale: float, sigma: float, min_size: int, threads: int) -> Tensor:
+    B, _, H, W = image.shape
+    return image.new_empty((B, H, W), dtype=torch.int32)
+
+
+_library = torch.library.Library("segclip_fast", "FRAGMENT")
+_library.define(
+    "felzenszwalb(Tensor image, float scale, float sigma, int min_size, int threads) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("felzenszwalb", _felzenszwalb_cpu, "CPU")
+torch.library.register_fake("segclip_fast::felzenszwalb", _felzenszwalb_fake, lib=_library)
+
+
+# --- checks
+
+
+def _check_parameters(scale: float, sigma: float, min_size: int, threads: int) -> None:
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale: expected a finite number >= 0, got {scale}")
+    if not 0 <= sigma <= MAX_SIGMA:
+        raise ValueError(f"sigma: expected a number from 0 to {MAX_SIGMA:g}, got {sigma}")
+    if min_size < 0:
+        raise ValueError(f"min_size: expected an integer >= 0, got {min_size}")
+    if threads < 0:
+        raise ValueError(f"threads: expected an integer >= 0 (0 = all cores), got {threads}")
+
+
+def _check_tensor(image: Tensor) -> None:
+    if image.ndim != 4:
+        raise ValueError(f"image: expected a tensor (B, C, H, W), got shape {tuple(image.shape)}")
+    if image.dtype not in (torch.uint8, torch.float32, torch.float64):
+        raise TypeError(f"image: expected uint8, float32 or float64, got {image.dtype}")
+    _check_size(image.shape[-2], image.shape[-1], image.shape[1], tuple(image.shape))
+    if image.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"image: expected a tensor on the CPU, got one on {image.device}; felzenszwalb has no kernel for "
+            f"{image.device.type} in this version, pass image.cpu()"
+        )
+
+
+def _with_channels(image: np.ndarray) -> np.ndarray:
+    """A checked NumPy image as (H, W, C)."""
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"image: expected a NumPy array or a tensor, got {type(image).__name__}")
+    if image.ndim not in (2, 3):
+        raise ValueError(f"image: expected an array (H, W) or (H, W, C), got shape {image.shape}")
+    if image.dtype not in (np.uint8, np.float32, np.float64):
+        raise TypeError(f"image: expected uint8, float32 or float64, got {image.dtype}")
+    pixels = image[:, :, None] if image.ndim == 2 else image
+    _check_size(pixels.shape[0], pixels.shape[1], pixels.shape[2], image.shape)
+    return pixels
+
+
+def _check_size(height: int, width: int, channels: int, shape: tuple[int, ...]) -> None:
+    if height == 0 or width == 0 or channels == 0:
+        raise ValueError(f"image: expected at least one pixel and one channel, got shape {shape}")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"image: expected at most 2^30 pixels, got shape {shape}")
+
+
+def _check_finite(pixels: np.ndarray) -> None:
+    if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
+        raise ValueError("image: expected finite values, got NaN or infinity")

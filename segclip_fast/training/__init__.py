@@ -1,0 +1,1 @@
+"""One training run: optimizer and schedule, checkpoints, log, loop."""

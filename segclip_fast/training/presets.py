@@ -1,0 +1,79 @@
+"""Prepared runs: complete settings by name, each a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..config import (
+    DataConfig,
+    GroupingConfig,
+    LossConfig,
+    OptimConfig,
+    ReconstructionConfig,
+    SegCLIPConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+    scenes_tiny,
+    vit_b16,
+)
+
+
+def paper() -> TrainConfig:
+    """The paper's recipe from CLIP ViT-B/16; its data (CC3M and COCO) need sources still to come."""
+    return TrainConfig(
+        output="runs/paper",
+        model=vit_b16(),
+        init="clip:ViT-B-16-quickgelu:openai",
+        batch_size=768,  # 96 x 8 GPUs
+        steps=44_000,  # 10 epochs of about 3.4M pairs
+        save_every=1000,
+    )
+
+
+def scenes() -> TrainConfig:
+    """Learn the embedded scenes from scratch on a laptop's CPU, in minutes."""
+    return TrainConfig(
+        output="runs/scenes",
+        model=scenes_tiny(),
+        loss=LossConfig(mask_false_negatives=True),
+        data=DataConfig(
+            source="scenes",
+            samples=8192,
+            crop_area=(1.0, 1.0),
+            # The paper's 224 at 224 x 224 pixels, scaled to the area of 64 x 64.
+            superpixel_scale=64.0,
+            superpixel_sigma=0.6,
+            superpixel_min_size=24,
+            cache=True,
+        ),
+        optim=OptimConfig(lr=2e-3, lower_lr=2e-3),
+        steps=600,
+        batch_size=64,
+        save_every=200,
+    )
+
+
+def stamps() -> TrainConfig:
+    """A small model from scratch on scenes composed of Tux Paint stamps (needs --data.root)."""
+    return TrainConfig(
+        output="runs/stamps",
+        model=SegCLIPConfig(
+            embed_dim=128,
+            vision=VisionConfig(image_size=96, patch_size=8, width=128, layers=4, heads=4, group_after=3),
+            grouping=GroupingConfig(centers=6, cross_layers=1),
+            text=TextConfig(context_length=32, width=128, layers=2, heads=4),
+            reconstruction=ReconstructionConfig(decoder_width=96, decoder_layers=1, decoder_heads=4),
+        ),
+        loss=LossConfig(mask_false_negatives=True),
+        data=DataConfig(
+            source="stamps", samples=8192, superpixel_scale=96.0, superpixel_sigma=0.8, superpixel_min_size=48
+        ),
+        optim=OptimConfig(lr=1e-3, lower_lr=1e-3),
+        steps=1000,
+        batch_size=32,
+        eval_images=100,
+    )
+
+
+RUNS: dict[str, Callable[[], TrainConfig]] = {"paper": paper, "scenes": scenes, "stamps": stamps}

@@ -1,0 +1,30 @@
+"""Shared by all tests: strict comparison, seeded tensors, threads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root-mean-square error over the root-mean-square of what is expected."""
+    error = (actual.detach().double() - expected.detach().double()).square().mean().sqrt()
+    return float(error / expected.detach().double().square().mean().sqrt().clamp(min=1e-30))
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Fail with the tensor's name unless both are finite and agree in shape and relative RMS."""
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}"
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    error = relative_rms(actual, expected)
+    assert error <= tolerance, f"{name}: relative RMS {error:.3e} above {tolerance:.0e}"

@@ -334,6 +334,10 @@ def vit_l14() -> SegCLIPConfig:
 def scenes_tiny(vocabulary: tuple[str, ...] = ()) -> SegCLIPConfig:
     """A model that learns the embedded scenes on a laptop's CPU in minutes (64 x 64, 8 x 8 patches).
 
+    It has no blocks after the grouping module. Trained from scratch, those let the regions exchange what they
+    hold: the caption is matched all the same, but a region answers to its neighbour's name (same run, 400
+    steps, contrastive loss alone: mIoU 0.22 with a block after grouping, 0.76 without).
+
     Args:
         vocabulary: the words its captions use; empty takes those of the embedded scenes.
     """
@@ -343,7 +347,7 @@ def scenes_tiny(vocabulary: tuple[str, ...] = ()) -> SegCLIPConfig:
         vocabulary = caption_vocabulary()
     return SegCLIPConfig(
         embed_dim=96,
-        vision=VisionConfig(image_size=64, patch_size=8, width=96, layers=3, heads=4, group_after=2),
+        vision=VisionConfig(image_size=64, patch_size=8, width=96, layers=2, heads=4, group_after=2),
         grouping=GroupingConfig(centers=4, cross_layers=1),
         text=TextConfig(
             vocab_size=len(vocabulary) + 3,

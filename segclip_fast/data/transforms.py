@@ -19,7 +19,7 @@ ATTEMPTS = 10
 
 def normalise(image: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 or [0, 255] float RGB to (3, H, W) float32, CLIP mean and deviation."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).to(torch.float32)
+    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).to(torch.float32)
     mean = 255.0 * torch.tensor(CLIP_MEAN)[:, None, None]
     return (pixels - mean) / (255.0 * torch.tensor(CLIP_STD)[:, None, None])
 

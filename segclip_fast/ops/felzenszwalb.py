@@ -20,6 +20,7 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 HOW = ("majority", "mean")
 MAX_PIXELS = 2**30  # per image: an edge is packed into 32 bits, 2 of them for its direction
 MAX_SIGMA = 1e4
+MAX_INT = 2**31 - 1
 
 
 @overload
@@ -270,10 +271,10 @@ def _check_parameters(scale: float, sigma: float, min_size: int, threads: int) -
         raise ValueError(f"scale: expected a finite number >= 0, got {scale}")
     if not 0 <= sigma <= MAX_SIGMA:
         raise ValueError(f"sigma: expected a number from 0 to {MAX_SIGMA:g}, got {sigma}")
-    if min_size < 0:
-        raise ValueError(f"min_size: expected an integer >= 0, got {min_size}")
-    if threads < 0:
-        raise ValueError(f"threads: expected an integer >= 0 (0 = all cores), got {threads}")
+    if not 0 <= min_size <= MAX_INT:
+        raise ValueError(f"min_size: expected an integer from 0 to {MAX_INT}, got {min_size}")
+    if not 0 <= threads <= MAX_INT:
+        raise ValueError(f"threads: expected an integer from 0 (all cores) to {MAX_INT}, got {threads}")
 
 
 def _check_tensor(image: Tensor) -> None:

@@ -36,7 +36,8 @@ def scenes() -> TrainConfig:
     return TrainConfig(
         output="runs/scenes",
         model=scenes_tiny(),
-        loss=LossConfig(mask_false_negatives=True),
+        # At full weight the superpixel loss finds its trivial minimum, one region for all, with some seeds.
+        loss=LossConfig(superpixel_kl=0.1, mask_false_negatives=True),
         data=DataConfig(
             source="scenes",
             samples=8192,
@@ -48,9 +49,9 @@ def scenes() -> TrainConfig:
             cache=True,
         ),
         optim=OptimConfig(lr=2e-3, lower_lr=2e-3),
-        steps=600,
+        steps=1000,
         batch_size=64,
-        save_every=200,
+        save_every=250,
     )
 
 

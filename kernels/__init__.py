@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers (torch and triton only); installed as `segclip_fast.kernels`."""

@@ -1,0 +1,1 @@
+"""Zero-shot segmentation with a trained model, and how good it is."""

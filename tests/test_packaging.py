@@ -1,0 +1,80 @@
+"""The build seam: what is where once installed, and what the compiled module says about itself."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from segclip_fast import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = "import sys; sys.modules['segclip_fast._C'] = None; "
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_kernels_install_as_a_subpackage():
+    spec = importlib.util.find_spec("segclip_fast.kernels")
+    assert spec is not None, "segclip_fast.kernels is missing: is segclip_fast installed (pip install -e .)?"
+    kernels = importlib.import_module("segclip_fast.kernels")
+    assert Path(kernels.__file__).parent.name == "kernels"
+
+
+@pytest.mark.parametrize("module", ["segclip_fast", "segclip_fast.ops", "segclip_fast.ops.felzenszwalb"])
+def test_imports_without_the_extension(module):
+    assert run(f"{BLOCK} import {module}; print('fine')") == "fine\n"
+
+
+def test_importing_the_package_loads_neither_torch_nor_the_extension():
+    heavy = "{'torch', 'triton', 'xformers', 'skimage', 'segclip_fast._C'}"
+    assert run(f"import sys, segclip_fast; print(sorted({heavy} & set(sys.modules)))") == "[]\n"
+
+
+def test_cuda_build_describes_itself():
+    build = _C.cuda_build()
+    assert set(build) == {"compiled", "architectures"}
+    assert bool(build["architectures"]) == build["compiled"]
+
+
+def test_cuda_devices_gives_devices_or_a_reason():
+    info = _C.cuda_devices()
+    assert set(info) == {"devices", "runtime_version", "driver_version", "reason"}
+    assert bool(info["devices"]) != bool(info["reason"])
+    if _C.cuda_build()["compiled"]:
+        assert info["runtime_version"] >= 11000
+    else:
+        assert info["reason"] == "segclip_fast was built without CUDA"
+
+
+def test_extension_does_not_link_torch_or_a_shared_cuda_runtime():
+    linked = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=False).stdout
+    assert "libtorch" not in linked
+    assert "libcudart" not in linked
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the repository")
+def test_every_source_reaches_the_build_and_the_sdist():
+    cmake, manifest = (ROOT / "CMakeLists.txt").read_text(), (ROOT / "MANIFEST.in").read_text()
+    for source in (ROOT / "csrc").iterdir():
+        if source.suffix in {".cpp", ".cu"}:
+            assert f"csrc/{source.name}" in cmake
+    for needed in ("graft csrc", "graft kernels", "CMakeLists.txt", "constraints.txt"):
+        assert needed in manifest
+
+
+def test_extension_rejects_what_the_op_would_not_pass():
+    import numpy as np
+
+    with pytest.raises(TypeError, match="images: expected uint8, float32 or float64, got int64"):
+        _C.felzenszwalb(np.zeros((1, 4, 4, 3), np.int64), 1.0, 0.8, 20, 1)
+    with pytest.raises(ValueError, match="images: expected 4 dimensions, got 3"):
+        _C.felzenszwalb(np.zeros((4, 4, 3)), 1.0, 0.8, 20, 1)
+    with pytest.raises(ValueError, match="felzenszwalb: image is empty"):
+        _C.felzenszwalb(np.zeros((1, 0, 4, 3)), 1.0, 0.8, 20, 1)

@@ -1,0 +1,244 @@
+"""The model as a whole: shapes, sizes, replay, back ends, gradients, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import assert_close
+from small import small_config, small_model
+
+from segclip_fast import LossConfig, Noise, SegCLIP
+from segclip_fast.config import preset
+from segclip_fast.model.reconstruction import mask_patches, patchify, sincos_positions
+from segclip_fast.ops._dispatch import force
+
+
+def batch(model, B=3, dtype=torch.float32):
+    config = model.config
+    images = torch.randn(B, 3, config.vision.image_size, config.vision.image_size, dtype=dtype)
+    tokens = model.tokenize(["a photo of cat", "dog and sofa", "grass"][:B])
+    superpixels = torch.randint(4, (B, config.vision.grid, config.vision.grid))
+    return images, tokens, superpixels
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 8), (16, 64), (40, 24)], ids=str)
+def test_features_at_any_size(size):
+    model = small_model().eval()
+    features = model.encode_image(torch.randn(2, 3, *size))
+    N = size[0] // 8 * (size[1] // 8)
+    assert features.image.shape == (2, 16)
+    assert features.regions.shape == (2, 3, 16)
+    for values in (features.logits, features.soft, features.hard):
+        assert values.shape == (2, 3, N)
+    torch.testing.assert_close(features.soft.sum(dim=1), torch.ones(2, N))
+    assert torch.equal(features.hard.argmax(dim=1), features.logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grouping__centers": 1},
+        {"grouping__centers": 64},
+        {"grouping__cross_layers": 0},
+        {"grouping__cross_layers": 4},
+        {"vision__group_after": 0},
+        {"vision__group_after": 3},
+        {"vision__patch_size": 4},
+        {"vision__image_size": 40},
+        {"vision__heads": 12},
+        {"vision__activation": "gelu"},
+        {"reconstruction__enabled": False},
+        {"reconstruction__mask_ratio": 0.5},
+    ],
+    ids=str,
+)
+def test_every_architecture_trains(changes):
+    model = small_model(**changes)
+    losses = model(*batch(model))
+    losses.total.backward()
+    assert torch.isfinite(losses.total)
+    assert (losses.reconstruction is None) == (not model.config.reconstruction.enabled)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("name", ["vit_b16", "vit_b32", "vit_l14", "scenes_tiny"])
+def test_presets(name):
+    with torch.device("meta"):
+        model = SegCLIP(preset(name))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    tensors = len(model.state_dict()) + 1  # the fixed decoder positions are not stored
+    if name == "vit_b16":
+        assert tensors == 415
+        assert count == 188_799_561 - 197 * 384 - 768  # positions and [CLS] are no parameters here
+    assert (count > 1.5e8) == (name != "scenes_tiny")
+    grid = {"vit_b16": 14, "vit_b32": 7, "vit_l14": 16, "scenes_tiny": 8}[name]
+    assert model.vision.position_embedding.shape == (grid**2 + 1, model.config.vision.width)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=r"preset: expected one of .*got 'vit_x'"):
+        preset("vit_x")
+
+
+def test_a_step_can_be_replayed():
+    model = small_model()
+    inputs = batch(model)
+    noise = model.draw_noise(inputs[0], torch.Generator().manual_seed(5))
+    drawn = model(*inputs, generator=torch.Generator().manual_seed(5))
+    replayed = model(*inputs, noise)
+    other = model(*inputs, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(drawn.total, replayed.total)
+    assert not torch.equal(drawn.total, other.total)
+
+
+def test_encode_image_is_clean_in_training_mode():
+    model = small_model().train()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.encode_image(images).image, model.eval().encode_image(images).image)
+
+
+@pytest.mark.parametrize("form", ["paper", "official"])
+def test_fused_ops_equal_the_reference(form):
+    model = small_model().double()
+    model.loss = LossConfig(kl_form=form)
+    images, tokens, superpixels = batch(model, dtype=torch.float64)
+    noise = model.draw_noise(images, torch.Generator().manual_seed(1))
+    noise = Noise(noise.full.double(), noise.mask.double(), noise.masked.double())
+    results = []
+    for backend in ("fused", "reference"):
+        with force(backend):
+            losses = model(images, tokens, superpixels, noise)
+        grads = torch.autograd.grad(losses.total, list(model.parameters()))
+        results.append([*losses.named().values(), *grads])
+    names = ["total", "contrastive", "reconstruction", "superpixel_kl", *dict(model.named_parameters())]
+    for name, fused, reference in zip(names, *results, strict=True):
+        # Losses and logits are float32 by design; the rest is float64.
+        scale = reference.abs().max().clamp(min=1e-6)
+        assert ((fused - reference).abs().max() / scale).item() < 1e-6, name
+
+
+def test_terms_of_weight_zero_are_left_out():
+    model = small_model()
+    images, tokens, superpixels = batch(model)
+    model.loss = LossConfig(reconstruction=0.0, superpixel_kl=0.5)
+    losses = model(images, tokens, superpixels)
+    assert losses.reconstruction is None
+    expected = losses.contrastive + 0.5 * losses.superpixel_kl
+    assert losses.total.item() == pytest.approx(expected.item())
+    assert model(images, tokens).superpixel_kl is None
+
+
+def test_false_negatives_are_masked_only_if_asked():
+    model = small_model()
+    images, tokens, superpixels = batch(model)
+    noise = model.draw_noise(images)
+    holds = torch.ones(3, 3, dtype=torch.bool)
+    strict = model(images, tokens, superpixels, noise, holds=holds).contrastive
+    model.loss = dataclasses.replace(model.loss, mask_false_negatives=True)
+    lenient = model(images, tokens, superpixels, noise, holds=holds).contrastive
+    assert strict.item() > 0.5
+    assert lenient.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_text_after_the_end_token_is_ignored():
+    model = small_model().eval()
+    tokens = model.tokenize(["cat and dog"])
+    changed = tokens.clone()
+    changed[0, tokens.argmax() + 1 :] = 1
+    torch.testing.assert_close(model.encode_text(tokens), model.encode_text(changed))
+    torch.testing.assert_close(model.encode_text(tokens[:, :5]), model.encode_text(tokens))
+
+
+def test_compiles_without_a_break():
+    model = small_model()
+    inputs = batch(model)
+    noise = model.draw_noise(inputs[0])
+    compiled = torch.compile(lambda *x: model(*x).total, fullgraph=True, backend="aot_eager")
+    assert_close("total", compiled(*inputs, noise), model(*inputs, noise).total, 1e-5)
+
+
+def test_masking_keeps_the_least_noise():
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
+    masking = mask_patches(noise, 2)
+    assert masking.keep.tolist() == [[1, 3]]
+    assert masking.hidden.tolist() == [[1, 0, 1, 0]]
+    tokens = torch.arange(4.0)[None, :, None]
+    hidden = torch.full((1, 2, 1), -1.0)
+    restored = torch.cat([masking.select(tokens), hidden], 1).gather(1, masking.restore[:, :, None])
+    assert restored.flatten().tolist() == [-1, 1, -1, 3]
+
+
+def test_kept_patches():
+    assert small_config().reconstruction.kept(196) == 48
+    assert small_config().reconstruction.kept(1) == 1
+
+
+def test_patchify_orders_row_column_channel():
+    images = torch.arange(3 * 4 * 4.0).reshape(1, 3, 4, 4)
+    patches = patchify(images, 2)
+    assert patches.shape == (1, 4, 12)
+    assert patches[0, 1, :6].tolist() == [2, 18, 34, 3, 19, 35]  # pixel (0, 2), then (0, 3), all channels
+
+
+def test_sincos_positions():
+    table = sincos_positions(3, 8)
+    assert table.shape == (10, 8)
+    assert not table[0].any()
+    row, column = 2, 1
+    expected = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]
+    assert table[1 + 3 * row + column, :4].tolist() == pytest.approx(expected, abs=1e-6)
+    assert table[1 + 3 * row + column, 4].item() == pytest.approx(math.sin(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 32, 32), r"images: expected \(B, 3, H, W\)"),
+        (torch.zeros(1, 4, 32, 32), r"images: expected \(B, 3, H, W\)"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "floating point"),
+        (torch.zeros(1, 3, 33, 32), "divisible by the patch size 8, got 33 x 32"),
+        (torch.zeros(1, 3, 0, 32), "divisible by the patch size"),
+    ],
+    ids=str,
+)
+def test_bad_images(images, message):
+    with pytest.raises(ValueError, match=message):
+        small_model().encode_image(images)
+
+
+def test_bad_tokens_and_superpixels():
+    model = small_model()
+    images, tokens, superpixels = batch(model)
+    with pytest.raises(ValueError, match="tokens: expected"):
+        model.encode_text(torch.zeros(1, 13, dtype=torch.int64))
+    with pytest.raises(ValueError, match="tokens: expected"):
+        model.encode_text(torch.zeros(1, 5))
+    with pytest.raises(ValueError, match=r"superpixels: expected \(3, 4, 4\) patch labels"):
+        model(images, tokens, superpixels[:, :3])
+    with pytest.raises(ValueError, match="images: expected 32 x 32 to reconstruct"):
+        model(torch.zeros(3, 3, 40, 40), tokens)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vision__image_size": 33},
+        {"vision__width": 25},
+        {"vision__group_after": 4},
+        {"grouping__centers": 65},
+        {"grouping__cross_layers": 5},
+        {"text__vocab_size": 5},
+        {"reconstruction__decoder_width": 18},
+        {"reconstruction__mask_ratio": 1.0},
+    ],
+    ids=str,
+)
+def test_bad_config(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=name.replace("__", ".") + ": expected"):
+        small_config(**changes)

@@ -1,0 +1,379 @@
+"""Trainer: batches, schedule, log, checkpoints, exact resume after SIGKILL, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import small_config
+
+from segclip_fast import SegCLIP
+from segclip_fast.config import DataConfig, LossConfig, OptimConfig, TrainConfig, scenes_tiny
+from segclip_fast.data.pipeline import PairDataset, Sample, batches, caption_holds, collate, make_source
+from segclip_fast.data.sample import RawSample
+from segclip_fast.data.transforms import crop_box, resized_crop
+from segclip_fast.training import checkpoint
+from segclip_fast.training.log import read_log
+from segclip_fast.training.loop import train
+from segclip_fast.training.optim import build_optimizer, schedule
+
+
+def quick(output, **changes) -> TrainConfig:
+    """A run of 12 steps on scenes of 32 x 32 pixels."""
+    model = scenes_tiny()
+    model = dataclasses.replace(
+        small_config(), text=dataclasses.replace(model.text, width=16, heads=2, layers=1)
+    )
+    config = TrainConfig(
+        output=str(output),
+        model=model,
+        loss=LossConfig(mask_false_negatives=True),
+        data=DataConfig(samples=20, superpixel_scale=20, superpixel_min_size=8),
+        optim=OptimConfig(lr=1e-3, lower_lr=1e-3),
+        steps=12,
+        batch_size=4,
+        save_every=4,
+        eval_images=4,
+        quiet=True,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_run_writes_what_it_promises(tmp_path):
+    model = train(quick(tmp_path / "run", eval_every=6))
+    run = tmp_path / "run"
+    steps = read_log(run)
+    assert [entry["step"] for entry in steps] == list(range(1, 13))
+    for entry in steps:
+        parts = sum(entry[name] for name in ("contrastive", "reconstruction", "superpixel_kl"))
+        assert entry["total"] == pytest.approx(parts, rel=1e-5)
+        assert not entry["skipped"]
+    assert [entry["step"] for entry in read_log(run, "evaluation")] == [6, 12]
+    assert [saved.step for saved in checkpoint.find(run)] == [8, 12]  # the last two
+    loaded = SegCLIP.from_pretrained(run / "model")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+
+
+def test_resume_is_exact(tmp_path):
+    train(quick(tmp_path / "whole"))
+    seen = []
+
+    class StopError(Exception):
+        pass
+
+    def stop(step, _):
+        seen.append(step)
+        if step == 7:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(quick(tmp_path / "parts"), on_step=stop)
+    train(quick(tmp_path / "parts", resume=True), on_step=lambda step, _: seen.append(step))
+    assert seen == [*range(1, 8), *range(5, 13)]  # continued after the checkpoint of step 4
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    keys = ("step", "total", "gradient_norm")
+    logs = [[[e[k] for k in keys] for e in read_log(tmp_path / name)] for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_workers_do_not_change_the_run(tmp_path):
+    config = quick(tmp_path / "a", steps=4)
+    train(config)
+    train(
+        dataclasses.replace(
+            config, output=str(tmp_path / "b"), data=dataclasses.replace(config.data, workers=2)
+        )
+    )
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_killed_run_on_composed_stamps_resumes_bit_for_bit(tmp_path):
+    """300 steps on real cut-outs, killed with SIGKILL in the middle, equal the uninterrupted run."""
+    root = os.environ.get("SEGCLIP_STAMPS", "/usr/share/tuxpaint/stamps")
+    if not Path(root).is_dir():
+        pytest.skip("no Tux Paint stamps: set SEGCLIP_STAMPS to their folder")
+    command = [sys.executable, "-m", "segclip_fast.train", "stamps", "--data.root", root, "--quiet", "True"]
+    command += ["--steps", "300", "--batch-size", "16", "--save-every", "40", "--eval-images", "8"]
+    subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True)
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "parts")])
+    while len(read_log(tmp_path / "parts")) < 150:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run([*command, "--output", str(tmp_path / "parts"), "--resume", "True"], check=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    losses = [entry["total"] for entry in read_log(tmp_path / "whole")]
+    assert np.mean(losses[-50:]) < 0.8 * np.mean(losses[:20])
+
+
+def test_killed_while_writing_a_checkpoint(tmp_path, monkeypatch):
+    """The previous checkpoint stays intact and is what the next start takes."""
+
+    class KilledError(BaseException):
+        pass
+
+    real = torch.save
+
+    def half(state, path):
+        if state["step"] == 8:
+            path.write_bytes(b"half")
+            raise KilledError
+        real(state, path)
+
+    train(quick(tmp_path / "whole"))
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KilledError):
+        train(quick(tmp_path / "parts"))
+    monkeypatch.undo()
+    assert [saved.step for saved in checkpoint.find(tmp_path / "parts")] == [4]
+    train(quick(tmp_path / "parts", resume=True))
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt"])
+def test_damaged_checkpoint_is_refused_and_the_previous_one_named(tmp_path, name):
+    train(quick(tmp_path / "run"))
+    newest = checkpoint.find(tmp_path / "run")[-1].path
+    data = (newest / name).read_bytes()
+    (newest / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"resume: expected a complete checkpoint.*step-000008"):
+        train(quick(tmp_path / "run", resume=True))
+
+
+def test_output_folder_is_never_overwritten_silently(tmp_path):
+    run = tmp_path / "run"
+    config = quick(run, steps=2)
+    train(config)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="output: expected an empty folder.*--resume.*--overwrite"):
+        train(config)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match=r"resume: expected the settings.*other \['batch_size'\]"):
+        train(dataclasses.replace(config, resume=True, batch_size=5))
+    train(dataclasses.replace(config, overwrite=True))
+    assert len(read_log(run)) == 2
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="output: expected a run folder"):
+        train(dataclasses.replace(config, output=str(other), overwrite=True))
+    assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_steps_without_a_finite_loss_are_skipped_then_stop(tmp_path, monkeypatch):
+    from segclip_fast.training import loop
+
+    real, bad = loop.forward, set()
+
+    def forward(model, batch, config, step):
+        losses = real(model, batch, config, step)
+        return dataclasses.replace(losses, total=losses.total * float("nan")) if step in bad else losses
+
+    monkeypatch.setattr(loop, "forward", forward)
+    bad.update({3, 4})
+    model = train(quick(tmp_path / "a"))
+    assert [e["step"] for e in read_log(tmp_path / "a") if e["skipped"]] == [3, 4]
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    bad.update(range(2, 13))
+    with pytest.raises(
+        FloatingPointError, match="10 steps in a row without a finite loss, the last is step 11"
+    ):
+        train(quick(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "1"]], ids=("python", "torchrun")
+)
+def test_command_line(tmp_path, launcher):
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "segclip_fast.train",
+        "scenes",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    command += ["--steps", "2", "--batch-size", "4", "--data.samples", "8", "--eval-images", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"trained model: {tmp_path / 'run'}/model" in done.stdout
+    if not launcher:
+        again = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert again.returncode == 2
+        assert again.stderr.strip().startswith("error: output: expected an empty folder")
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE: expected 1 process, got 2"):
+        train(quick(tmp_path / "run"))
+
+
+def test_unusable_settings(tmp_path):
+    with pytest.raises(ValueError, match="data.root: expected the folder of the stamps"):
+        train(quick(tmp_path / "a", data=DataConfig(source="stamps")))
+    with pytest.raises(ValueError, match="steps: expected a positive number, got 0"):
+        quick(tmp_path / "a", steps=0)
+    with pytest.raises(ValueError, match="data.crop_area: expected"):
+        DataConfig(crop_area=(0.9, 0.5))
+    with pytest.raises(ValueError, match="resume: expected not together with overwrite"):
+        quick(tmp_path / "a", resume=True, overwrite=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: expected one that is available"):
+            train(quick(tmp_path / "a", device="cuda"))
+
+
+def test_start_from_a_checkpoint(tmp_path):
+    first = quick(tmp_path / "a", steps=2)
+    train(first)
+    start = str(tmp_path / "a" / "model")
+    model = train(dataclasses.replace(first, output=str(tmp_path / "b"), init=start))
+    assert not all(torch.equal(v, model.state_dict()[k]) for k, v in weights(tmp_path / "a").items())
+    other = dataclasses.replace(first.model, grouping=dataclasses.replace(first.model.grouping, tau=0.5))
+    with pytest.raises(ValueError, match=r"init: expected the architecture .*'grouping.tau'"):
+        train(dataclasses.replace(first, output=str(tmp_path / "c"), init=start, model=other))
+
+
+# --- parts
+
+
+def test_schedule():
+    steps, warmup = 100, 0.2
+    assert schedule(10, steps, warmup) == pytest.approx(0.5)
+    assert schedule(20, steps, warmup) == pytest.approx(1.0)
+    assert schedule(60, steps, warmup) == pytest.approx(0.5)
+    assert schedule(100, steps, warmup) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_default_decay_leaves_gains_biases_scale_and_centers_alone():
+    model = SegCLIP(small_config())
+    groups = build_optimizer(model, OptimConfig()).param_groups
+    free = {name for group in groups if not group["weight_decay"] for name in group["names"]}
+    decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
+    assert {"logit_scale", "vision.grouping.centers", "vision.norm_out.weight", "text.norm.bias"} <= free
+    assert {"vision.grouping.key_weight", "vision.third_stage.0.mlp.fc1.weight"} <= decayed
+    assert len(free | decayed) == len(list(model.parameters()))
+
+
+def test_every_sample_of_an_epoch_once(tmp_path):
+    config = quick(tmp_path)
+    dataset = PairDataset(make_source(config.data, config.model), config.data, config.model, 7)
+    seen = []
+    dataset.prepare = lambda raw, position: seen.append(raw.caption + str(raw.image.sum()))  # type: ignore[assignment]
+    for position in range(40):
+        dataset[position]
+    assert sorted(seen[:20]) == sorted(seen[20:])
+    assert seen[:20] != seen[20:]
+    assert len(set(seen)) == 20
+
+
+def test_batches_start_anywhere(tmp_path):
+    config = quick(tmp_path)
+    source = make_source(config.data, config.model)
+    dataset = PairDataset(source, config.data, config.model, 7)
+    whole = list(batches(dataset, 4, 0, 5))
+    part = list(batches(PairDataset(source, config.data, config.model, 7), 4, 3, 5))
+    for a, b in zip(whole[3:], part, strict=True):
+        for name, value in vars(a).items():
+            assert torch.equal(value, getattr(b, name)), name
+    assert whole[0].images.shape == (4, 3, 32, 32)
+    assert whole[0].superpixels.shape == (4, 4, 4)
+
+
+def sample(caption, content=(), mentioned=()):
+    zero = torch.zeros(1)
+    return Sample(zero, zero, zero, frozenset(content), frozenset(mentioned), caption)
+
+
+def test_caption_holds():
+    samples = [
+        sample("cat and grass", {"cat", "grass"}, {"cat", "grass"}),
+        sample("a cat", {"cat", "dog"}, {"cat"}),
+        sample("a dog", {"dog"}, {"dog"}),
+        sample("who knows"),
+        sample("who knows"),
+    ]
+    expected = [
+        [True, True, False, False, False],
+        [False, True, True, False, False],
+        [False, False, True, False, False],
+        [False, False, False, True, True],
+        [False, False, False, True, True],
+    ]
+    assert caption_holds(samples).tolist() == expected
+
+
+def test_cache_changes_nothing(tmp_path):
+    config = quick(tmp_path)
+    data = dataclasses.replace(config.data, crop_area=(1.0, 1.0))
+    cached = dataclasses.replace(data, cache=True)
+    source = make_source(data, config.model)
+    a, b = (PairDataset(source, d, config.model, 1) for d in (data, cached))
+    for position in (3, 25, 3, 30):
+        assert torch.equal(collate([a[position]]).images, collate([b[position]]).images)
+
+
+def test_crop_box_stays_inside():
+    rng = random.Random(0)
+    for _ in range(300):
+        height, width = rng.randint(1, 60), rng.randint(1, 300)
+        top, left, h, w = crop_box(height, width, (0.5, 1.0), rng)
+        assert 0 <= top <= top + h <= height
+        assert 0 <= left <= left + w <= width
+        assert h > 0
+        assert w > 0
+
+
+def test_resized_crop_cuts_first():
+    image = np.zeros((40, 40, 3), np.uint8)
+    image[10:20, 20:30] = 255
+    assert (resized_crop(image, (10, 20, 10, 10), 16) == 255).all()
+    assert (resized_crop(image, (0, 0, 10, 10), 10) == 0).all()
+
+
+def test_prepared_sample(tmp_path):
+    config = quick(tmp_path)
+    dataset = PairDataset(make_source(config.data, config.model), config.data, config.model, 0)
+    image = np.zeros((50, 70, 3), np.uint8)
+    prepared = dataset.prepare(RawSample(image, "a photo of a zebra"), 0)
+    assert prepared.image.shape == (3, 32, 32)
+    assert prepared.tokens.shape == (16,)
+    assert not prepared.superpixels.any()
+
+
+def test_settings_are_written(tmp_path):
+    config = quick(tmp_path / "run", steps=1)
+    train(config)
+    written = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert written["model"]["vision"]["patch_size"] == 8
+    assert written["optim"]["lr"] == 1e-3
+    shutil.rmtree(tmp_path / "run")

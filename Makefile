@@ -3,7 +3,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint wheel
+.PHONY: help install demo test test-all lint wheel stamps bench
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -37,3 +37,14 @@ wheel: install ## sdist and wheel in dist/, each tried in an empty environment
 	rm -rf dist
 	$(BIN)/python -m build
 	PYTHON=$(BIN)/python bash tests/smoke_wheel.sh dist/*
+
+stamps: ## the Tux Paint stamps (Debian package, 160 MB) in .stamps/, for the tests and runs that use them
+	mkdir -p .stamps && cd .stamps && apt-get download tuxpaint-stamps-default
+	dpkg -x .stamps/tuxpaint-stamps-default_*.deb .stamps
+
+bench: install demo/report.json ## timings on this machine into benchmarks/results/ and the README
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=build/benchmarks.json
+	$(BIN)/python benchmarks/report.py --benchmarks build/benchmarks.json --demo demo/report.json --readme README.md
+
+demo/report.json:
+	$(MAKE) demo

@@ -55,10 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print_table(report)
     print(f"\npictures: {output / GRID}, {output / CURVE}; model: {output / RUN / FINAL}")
-    print(
-        f"try it:   python -m segclip_fast.segment {output}/scene.png --labels 'grass, zebra, lava' "
-        f"--checkpoint {output / RUN / FINAL} --output {output}/mine.png --snap"
-    )
+    command = f"{sys.executable} -m segclip_fast.segment {output}/scene.png --labels '{report['try_labels']}'"
+    print(f"try it: {command} --checkpoint {output / RUN / FINAL} --output {output}/mine.png --snap")
     return 0
 
 
@@ -98,6 +96,7 @@ def demonstrate(config: TrainConfig, output: Path) -> dict[str, Any]:
         "training_seconds": round(seconds, 1),
         "held_out_images": len(held_out),
         "classes": len(held_out.class_names),
+        "try_labels": ", ".join(sorted({*held_out[0].content, *held_out.class_names[:3]})),
         "results": {name: as_dict(result) for name, result in results.items()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
@@ -149,7 +148,7 @@ def draw_grid(model: SegCLIP, source: ImageTextSource, path: Path, shown: int = 
 
     names = list(source.class_names)
     palette = distinct_colours(len(names))
-    figure = Figure(figsize=(11, 2.05 * shown + 1.1), facecolor="white")
+    figure = Figure(figsize=(11, 2.1 * shown + 0.9), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(shown, 5)
     seen: set[int] = set()
@@ -173,7 +172,7 @@ def draw_grid(model: SegCLIP, source: ImageTextSource, path: Path, shown: int = 
         axis.set_title(title, fontsize=10)
     handles = [Patch(color=palette[value] / 255, label=names[value]) for value in sorted(seen)]
     figure.legend(handles=handles, loc="lower center", ncols=9, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.tight_layout(rect=(0, 0.045, 1, 1))
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 

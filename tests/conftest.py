@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stamp_root() -> Path:
+    """The unpacked Tux Paint stamps; skips where there are none."""
+    unpacked = Path(__file__).parents[1] / ".stamps"
+    places = [os.environ.get("SEGCLIP_STAMPS", ""), unpacked / "usr/share/tuxpaint/stamps"]
+    for place in [*filter(None, places), "/usr/share/tuxpaint/stamps"]:
+        if Path(place).is_dir():
+            return Path(place)
+    pytest.skip("no Tux Paint stamps: run `make stamps` or set SEGCLIP_STAMPS to their folder")
 
 
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -111,7 +111,6 @@ def real_model():
     return golden_model()
 
 
-@pytest.mark.slow
 @cases
 def test_whole_pipeline_with_the_real_model(text, photo):
     """Pixels to labels: 0.1 % for near ties of the region arg max (17 to 20 pixels a window)."""
@@ -125,7 +124,6 @@ def test_whole_pipeline_with_the_real_model(text, photo):
     assert agreement(labels, part["images"][photo]["label_map"]) >= 0.999
 
 
-@pytest.mark.slow
 def test_prompts_of_the_release():
     model = real_model()
     from segclip_fast.evaluation.prompts import encode_labels

@@ -1,11 +1,9 @@
 import csv
 import logging
-import os
 import pickle
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -318,16 +316,8 @@ def test_command_line_refuses(root, tmp_path, capsys):
 # ---- the real package ----
 
 
-@pytest.fixture(scope="module")
-def package():
-    folder = Path(os.environ.get("SEGCLIP_STAMPS", "/usr/share/tuxpaint/stamps"))
-    if not folder.is_dir():
-        pytest.skip(f"no stamps at {folder}: set SEGCLIP_STAMPS to the folder of tuxpaint-stamps-default")
-    return folder
-
-
-def test_real_catalog(package):
-    catalog = read_catalog(package)
+def test_real_catalog(stamp_root):
+    catalog = read_catalog(stamp_root)
     concepts = {stamp.concept for stamp in catalog}
     assert len(catalog) >= 250
     assert 150 <= len(concepts) <= 254
@@ -340,8 +330,8 @@ def test_real_catalog(package):
 
 
 @pytest.mark.parametrize("split", ["train", "val", "val_seen"])
-def test_real_samples(package, split):
-    source = StampSource(package, 150, size=64, split=split)
+def test_real_samples(stamp_root, split):
+    source = StampSource(stamp_root, 150, size=64, split=split)
     samples = [source[i] for i in range(150)]
     start = time.perf_counter()
     for i in range(150):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import shutil
 import signal
@@ -114,13 +113,18 @@ def test_workers_do_not_change_the_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_run_on_composed_stamps_resumes_bit_for_bit(tmp_path):
+def test_killed_run_on_composed_stamps_resumes_bit_for_bit(tmp_path, stamp_root):
     """300 steps on real cut-outs, killed with SIGKILL in the middle, equal the uninterrupted run."""
-    root = os.environ.get("SEGCLIP_STAMPS", "/usr/share/tuxpaint/stamps")
-    if not Path(root).is_dir():
-        pytest.skip("no Tux Paint stamps: set SEGCLIP_STAMPS to their folder")
-    command = [sys.executable, "-m", "segclip_fast.train", "stamps", "--data.root", root, "--quiet", "True"]
-    command += ["--steps", "300", "--batch-size", "16", "--save-every", "40", "--eval-images", "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "segclip_fast.train",
+        "stamps",
+        "--data.root",
+        str(stamp_root),
+        "--quiet",
+    ]
+    command += ["--steps", "300", "--save-every", "40", "--eval-images", "8"]
     subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True)
     process = subprocess.Popen([*command, "--output", str(tmp_path / "parts")])
     while len(read_log(tmp_path / "parts")) < 150:
@@ -128,10 +132,11 @@ def test_killed_run_on_composed_stamps_resumes_bit_for_bit(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    subprocess.run([*command, "--output", str(tmp_path / "parts"), "--resume", "True"], check=True)
+    subprocess.run([*command, "--output", str(tmp_path / "parts"), "--resume"], check=True)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
-    losses = [entry["total"] for entry in read_log(tmp_path / "whole")]
-    assert np.mean(losses[-50:]) < 0.8 * np.mean(losses[:20])
+    losses = np.array([entry["total"] for entry in read_log(tmp_path / "whole")])
+    windows = losses.reshape(3, 100).mean(axis=1)  # the loss falls, from each 100 steps to the next
+    assert (np.diff(windows) < -0.02).all(), windows
 
 
 def test_killed_while_writing_a_checkpoint(tmp_path, monkeypatch):

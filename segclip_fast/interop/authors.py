@@ -17,7 +17,7 @@ from ..config import (
     TextConfig,
     VisionConfig,
 )
-from .files import check_names, read_torch, write_whole
+from .files import check_names, write_whole
 
 if TYPE_CHECKING:
     from ..model.segclip import SegCLIP
@@ -159,17 +159,6 @@ def infer_config(values: Mapping[str, Tensor], source: str) -> SegCLIPConfig:
             decoder_layers=depth("vis_mae_decoder.decoder_blocks"),
         ),
     )
-
-
-def load(
-    cls: type[SegCLIP], path: Path, config: SegCLIPConfig | None = None
-) -> tuple[SegCLIP, dict[str, Tensor]]:
-    """A model of the file's architecture (or of `config`) and its values under our names."""
-    from .checkpoint import build
-
-    values = read_torch(path)
-    model = build(cls, config or infer_config(values, str(path)))
-    return model, from_authors(model, values, str(path))
 
 
 def export(model: SegCLIP, path: Path, *, overwrite: bool = False) -> None:

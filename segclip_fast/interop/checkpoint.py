@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import LossConfig, SegCLIPConfig, from_dict, to_dict
-from .files import check_names, read_safetensors, sync_folder, write_whole
+from .authors import from_authors, infer_config
+from .files import check_names, read_safetensors, read_torch, sync_folder, write_whole
 
 if TYPE_CHECKING:
     from ..model.segclip import SegCLIP
@@ -34,12 +35,12 @@ def load(
         FileNotFoundError: nothing at `path`.
         ValueError: damaged, or names or shapes differ from the architecture.
     """
-    from . import authors
-
     if not path.exists():
         raise FileNotFoundError(f"path: expected a checkpoint folder or file, found nothing at {path}")
     if not path.is_dir():
-        return authors.load(cls, path, config)
+        values = read_torch(path)
+        model = build(cls, config or infer_config(values, str(path)))
+        return model, from_authors(model, values, str(path))
     if config is not None:
         raise ValueError(f"config: expected None for the folder {path}, which has its own {CONFIG}, got one")
     model_config, loss = read_config(path / CONFIG)

@@ -207,13 +207,15 @@ class SegCLIP(nn.Module):
     # --- files
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, device: str = "cpu", **options: Any) -> SegCLIP:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, device: str = "cpu", config: SegCLIPConfig | None = None
+    ) -> SegCLIP:
         """Load a checkpoint: our folder (config.json + model.safetensors) or the authors' file.
 
         Args:
             path: folder or file.
             device: where the model goes.
-            options: for the authors' file, see `interop.authors.load_authors`.
+            config: architecture of an authors' file, where its shapes do not tell (heads not 64 wide).
 
         Raises:
             FileNotFoundError: nothing at `path`.
@@ -221,8 +223,8 @@ class SegCLIP(nn.Module):
         """
         from ..interop.checkpoint import load
 
-        model, values = load(cls, Path(path), **options)
-        model.load_state_dict(values, assign=False)
+        model, values = load(cls, Path(path), config=config)
+        model.load_state_dict(values)
         return model.to(device).eval()
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,7 +43,10 @@ class RunLog:
         kept = [json.dumps(entry) + "\n" for entry in read_log(run, None) if entry["step"] <= start]
         write_whole(run / FILE, lambda path: path.write_text("".join(kept)))
         self.file = (run / FILE).open("a")
-        self.bar = tqdm(total=steps, initial=start, disable=quiet, dynamic_ncols=True, unit="step")
+        interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds; a log file wants few lines
+        self.bar = tqdm(
+            total=steps, initial=start, disable=quiet, dynamic_ncols=True, unit="step", mininterval=interval
+        )
 
     def __enter__(self) -> RunLog:
         return self

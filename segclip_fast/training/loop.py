@@ -12,8 +12,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,38 +78,15 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
     with RunLog(run, start, config.steps, config.quiet) as log:
         stream = batches(dataset, config.batch_size, start, config.steps, pin=device.type == "cuda")
         failures = 0
-        before = time.perf_counter()
         for step in range(start + 1, config.steps + 1):
-            batch = next(stream).to(device)
-            waited = time.perf_counter() - before
-
-            losses = forward(model, batch, config, step)
-            finite = bool(torch.isfinite(losses.total))
-            if finite:
-                losses.total.backward()
-                norm = apply_step(model, optimizer, config.optim, step, config.steps)
-            failures = 0 if finite else failures + 1
+            losses, values = take_step(model, optimizer, stream, config, step)
+            log.step(step, values)
+            failures = failures + 1 if values["skipped"] else 0
             if failures >= GIVE_UP_AFTER:
                 raise FloatingPointError(
                     f"{failures} steps in a row without a finite loss, the last is step {step}; the newest "
                     f"checkpoint is in {run / checkpoint.FOLDER}: lower optim.lr or look at the data"
                 )
-
-            now = time.perf_counter()
-            values = {name: value.item() for name, value in losses.named().items()} if finite else {}
-            log.step(
-                step,
-                {
-                    **values,
-                    "skipped": not finite,
-                    "gradient_norm": norm if finite else None,
-                    "lr": max(group["lr"] for group in optimizer.param_groups),
-                    "logit_scale": model.logit_scale.item(),
-                    "images_per_second": config.batch_size / (now - before),
-                    "data_seconds": waited,
-                },
-            )
-            before = time.perf_counter()
             if on_step is not None:
                 on_step(step, losses)
             if step % config.save_every == 0 or step == config.steps:
@@ -118,6 +96,38 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
     model.eval()
     model.save_pretrained(run / FINAL, overwrite=True)
     return model
+
+
+def take_step(
+    model: SegCLIP,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Batch],
+    config: TrainConfig,
+    step: int,
+) -> tuple[Losses, dict[str, Any]]:
+    """Step `step` (from 1): next batch, losses, gradients, update; a loss that is not finite is skipped.
+
+    Returns:
+        The losses, and what the log says of the step.
+    """
+    start = time.perf_counter()
+    batch = next(stream).to(model.logit_scale.device)
+    waited = time.perf_counter() - start
+    losses = forward(model, batch, config, step)
+    finite = bool(torch.isfinite(losses.total))
+    norm = None
+    if finite:
+        losses.total.backward()
+        norm = apply_step(model, optimizer, config.optim, step, config.steps)
+    return losses, {
+        **({name: value.item() for name, value in losses.named().items()} if finite else {}),
+        "skipped": not finite,
+        "gradient_norm": norm,
+        "lr": max(group["lr"] for group in optimizer.param_groups),
+        "logit_scale": model.logit_scale.item(),
+        "images_per_second": config.batch_size / (time.perf_counter() - start),
+        "data_seconds": waited,
+    }
 
 
 def forward(model: SegCLIP, batch: Batch, config: TrainConfig, step: int) -> Losses:

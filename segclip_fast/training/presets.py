@@ -61,14 +61,14 @@ def stamps() -> TrainConfig:
         output="runs/stamps",
         model=SegCLIPConfig(
             embed_dim=128,
-            vision=VisionConfig(image_size=96, patch_size=8, width=128, layers=4, heads=4, group_after=3),
+            vision=VisionConfig(image_size=64, patch_size=8, width=128, layers=3, heads=4, group_after=3),
             grouping=GroupingConfig(centers=6, cross_layers=1),
             text=TextConfig(context_length=32, width=128, layers=2, heads=4),
             reconstruction=ReconstructionConfig(decoder_width=96, decoder_layers=1, decoder_heads=4),
         ),
-        loss=LossConfig(mask_false_negatives=True),
+        loss=LossConfig(superpixel_kl=0.1, mask_false_negatives=True),
         data=DataConfig(
-            source="stamps", samples=8192, superpixel_scale=96.0, superpixel_sigma=0.8, superpixel_min_size=48
+            source="stamps", samples=8192, superpixel_scale=64.0, superpixel_sigma=0.6, superpixel_min_size=24
         ),
         optim=OptimConfig(lr=1e-3, lower_lr=1e-3),
         steps=1000,

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("photo", help="image file")
     parser.add_argument("--labels", required=True, help='what to look for, comma-separated: "cat, sofa"')
-    parser.add_argument("--checkpoint", required=True, help="checkpoint file or folder, or a hub id")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or file of the authors")
     parser.add_argument("--output", required=True, type=Path, help="label picture to write, ending in .png")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
     parser.add_argument("--background", action="store_true", help="allow background, where no label fits")

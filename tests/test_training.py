@@ -228,7 +228,7 @@ def test_command_line(tmp_path, launcher):
         str(tmp_path / "run"),
     ]
     command += ["--steps", "2", "--batch-size", "4", "--data.samples", "8", "--eval-images", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"trained model: {tmp_path / 'run'}/model" in done.stdout
     if not launcher:

@@ -16,7 +16,6 @@ from golden import golden, golden_folder, golden_model
 from segclip_fast.data.transforms import normalise
 from segclip_fast.evaluation.vocabularies import VOC
 from segclip_fast.evaluation.windows import (
-    MAX_SCALE,
     Window,
     add_background,
     effective_threshold,
@@ -26,6 +25,7 @@ from segclip_fast.evaluation.windows import (
     resize_short_side,
     score_images,
 )
+from segclip_fast.losses import inverse_temperature
 
 CASES = [(text, photo) for text in ("prompts", "planted") for photo in ("astronaut", "chelsea")]
 cases = pytest.mark.parametrize(("text", "photo"), CASES, ids="-".join)
@@ -47,7 +47,7 @@ def stored() -> dict:
 def scored(text: str, photo: str) -> tuple[list[dict], list[torch.Tensor]]:
     """Stored windows of one photo, and the scores (1, L, C) that we derive from their stored features."""
     part = stored()["voc"][text]
-    scale = torch.tensor(part["logit_scale"]).exp().clamp(max=MAX_SCALE)
+    scale = inverse_temperature(torch.tensor(part["logit_scale"]))
     crops = part["images"][photo]["crops"]
     labels = part["text_embedding"]
     return crops, [

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 
 from ..data.images import resize_bilinear_uint8
 from ..data.transforms import normalise
+from ..losses import inverse_temperature
 
 if TYPE_CHECKING:
     from ..model.segclip import SegCLIP
 
 LONG_SIDE = 2048  # protocol step 1: no photo is made longer than this
 TOP_LABELS = 5  # protocol step 4: labels of a window that survive the image-level filter
-MAX_SCALE = 100.0  # CLIP's ceiling on exp(logit_scale)
 MAX_FLOATS = 2**24  # most floats a temporary of the final resize may hold: 64 MiB
 WINDOW_BATCH = 32  # windows per call of the image encoder
 
@@ -192,7 +192,7 @@ def score_windows(
     size = (padded.shape[-2], padded.shape[-1])
     grid = (size[0] // patch, size[1] // patch)
     features = model.encode_image(padded)
-    scale = model.logit_scale.float().exp().clamp(max=MAX_SCALE)
+    scale = inverse_temperature(model.logit_scale)
     labels = labels.to(weight.device).float()
     if protocol == "official":
         regions = upsample_regions(features.soft.float(), grid, size)

@@ -334,8 +334,8 @@ def vit_l14() -> SegCLIPConfig:
 def scenes_tiny(vocabulary: tuple[str, ...] = ()) -> SegCLIPConfig:
     """A model that learns the embedded scenes on a laptop's CPU in minutes (64 x 64, 8 x 8 patches).
 
-    It has no blocks after the grouping module. Trained from scratch, those let the regions exchange what they
-    hold: the caption is matched all the same, but a region answers to its neighbour's name (docs/scenes.md).
+    It has no blocks after the grouping module. Trained from scratch with one, more regions answer to the name
+    of another material of the same picture (docs/scenes.md).
 
     Args:
         vocabulary: the words its captions use; empty takes those of the embedded scenes.

@@ -36,7 +36,7 @@ def scenes() -> TrainConfig:
     return TrainConfig(
         output="runs/scenes",
         model=scenes_tiny(),
-        # At full weight the superpixel loss finds its trivial minimum, one region for all, with some seeds.
+        # With some seeds full weight fails, and so does none at all: docs/scenes.md.
         loss=LossConfig(superpixel_kl=0.1, mask_false_negatives=True),
         data=DataConfig(
             source="scenes",

@@ -20,6 +20,7 @@ from .. import losses
 from ..config import LossConfig, SegCLIPConfig
 from ..losses import Losses
 from ..ops import superpixel_kl
+from ..ops._dispatch import known, served_by
 from .grouping import gumbel
 from .initialise import initialise
 from .reconstruction import Reconstruction, mask_patches, patchify
@@ -70,12 +71,24 @@ class SegCLIP(nn.Module):
     Args:
         config: the architecture; default the paper's ViT-B/16.
         loss: loss weights and forms used by `forward`.
+        backend: "auto" takes the fastest implementation of everything that serves the inputs; "reference"
+            computes the paper's formulas op by op in plain PyTorch, the yardstick of tests and benchmarks;
+            "fused" and "triton" force one kind of kernel. The same numbers to rounding.
+
+    Raises:
+        ValueError: unknown backend.
     """
 
-    def __init__(self, config: SegCLIPConfig | None = None, loss: LossConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: SegCLIPConfig | None = None,
+        loss: LossConfig | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         self.config = config or SegCLIPConfig()
         self.loss = loss or LossConfig()
+        self.backend = known(backend)
         self.text = TextEncoder(self.config.text, self.config.embed_dim)
         self.vision = VisionEncoder(self.config.vision, self.config.grouping, self.config.embed_dim)
         self.reconstruction = Reconstruction(self.config) if self.config.reconstruction.enabled else None
@@ -92,7 +105,8 @@ class SegCLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Text features (B, E), not normalised, of token ids (B, T) int64."""
-        return self.text(tokens)
+        with served_by(self.backend):
+            return self.text(tokens)
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """Clean features of normalised images: no noise, no temperature, whatever the training flag says.
@@ -103,8 +117,9 @@ class SegCLIP(nn.Module):
         Raises:
             ValueError: wrong shape or dtype.
         """
-        grouping = self.vision.grouping(self.vision.encode_patches(self.vision.embed(images)))
-        image, regions = self.vision.encode_regions(grouping.regions)
+        with served_by(self.backend):
+            grouping = self.vision.grouping(self.vision.encode_patches(self.vision.embed(images)))
+            image, regions = self.vision.encode_regions(grouping.regions)
         logits = grouping.logits
         return ImageFeatures(image, regions, logits, logits.float().softmax(dim=1), grouping.hard)
 
@@ -146,8 +161,14 @@ class SegCLIP(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
-        weights = self.loss
         noise = noise or self.draw_noise(images, generator)
+        with served_by(self.backend):
+            return self._losses(images, tokens, superpixels, noise, holds)
+
+    def _losses(
+        self, images: Tensor, tokens: Tensor, superpixels: Tensor | None, noise: Noise, holds: Tensor | None
+    ) -> Losses:
+        weights = self.loss
         patches = self.vision.embed(images)  # (B, N, D)
         grouping = self.vision.grouping(self.vision.encode_patches(patches), noise.full)
 
@@ -208,7 +229,12 @@ class SegCLIP(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *, device: str = "cpu", config: SegCLIPConfig | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        config: SegCLIPConfig | None = None,
+        backend: str = "auto",
     ) -> SegCLIP:
         """Load a checkpoint: our folder (config.json + model.safetensors) or the authors' file.
 
@@ -216,6 +242,7 @@ class SegCLIP(nn.Module):
             path: folder or file.
             device: where the model goes.
             config: architecture of an authors' file, where its shapes do not tell (heads not 64 wide).
+            backend: as for `SegCLIP`.
 
         Raises:
             FileNotFoundError: nothing at `path`.
@@ -225,6 +252,7 @@ class SegCLIP(nn.Module):
 
         model, values = load(cls, Path(path), config=config)
         model.load_state_dict(values)
+        model.backend = known(backend)
         return model.to(device).eval()
 
     @classmethod

@@ -51,12 +51,31 @@ def requested() -> str:
     return choice
 
 
+def known(name: str) -> str:
+    """`name`, if it is a backend.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"backend: expected one of {CHOICES}, got {name!r}")
+    return name
+
+
+def literal() -> bool:
+    """Whether the paper's formulas are to be computed as they stand, without the algebra that saves work."""
+    return requested() == "reference"
+
+
+def served_by(name: str) -> contextlib.AbstractContextManager[None]:
+    """`force(name)`, where "auto" leaves the choice to what is in force outside."""
+    return contextlib.nullcontext() if name == "auto" else force(name)
+
+
 @contextlib.contextmanager
 def force(name: str) -> Iterator[None]:
     """Serve every op inside the block by the backend `name` (auto, reference, fused or triton)."""
-    if name not in CHOICES:
-        raise ValueError(f"backend: expected one of {CHOICES}, got {name!r}")
-    _forced.append(name)
+    _forced.append(known(name))
     try:
         yield
     finally:

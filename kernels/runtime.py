@@ -1,0 +1,82 @@
+"""What every launcher needs: whether Triton can run here, memory for results, and what was compiled.
+
+Triton itself is imported by the kernel modules alone, so this module works without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+OLDEST = (8, 0)  # compute capability with bf16 and tf32 matrix units
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unavailable(tensors: Sequence[Tensor]) -> str | None:
+    """Why no Triton kernel can take these tensors here; None if one can.
+
+    Args:
+        tensors: the operands of an op; they share a device. Floating-point ones must be fp32, fp16 or bf16.
+    """
+    device = tensors[0].device
+    if device.type not in ("cpu", "cuda"):
+        return f"runs on cuda, inputs are on {device.type}"
+    if device.type == "cpu" and not interpreted():
+        return "runs on cuda, inputs are on cpu and TRITON_INTERPRET is not 1"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"needs compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has {found}"
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            return f"takes fp32, fp16 and bf16, got {tensor.dtype}"
+    return None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for a kernel's results and scratch: the one place it comes from.
+
+    Tests replace this function by one that fills the memory with NaN: whatever a kernel leaves unwritten
+    then shows.
+    """
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least`: the size of a block with masked tail."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of one kernel, as a launcher would ask for it.
+
+    Attributes:
+        name: for reports, e.g. "group_assign.assign bf16 L8 D768".
+        kernel: the @triton.jit function.
+        arguments: its run-time arguments in order, name -> Triton type ("*bf16", "*fp32", "*i64", "i32", ...).
+        constants: its constexpr arguments.
+        warps: warps of a program.
+        stages: depth of software pipelining.
+        paper: of a size of the paper (L 8, D 768, N 196): must compile without spills.
+    """
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 2
+    paper: bool = False

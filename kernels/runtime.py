@@ -16,6 +16,7 @@ from torch import Tensor
 
 FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 OLDEST = (8, 0)  # compute capability with bf16 and tf32 matrix units
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -32,16 +33,25 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
     device = tensors[0].device
     if device.type not in ("cpu", "cuda"):
         return f"runs on cuda, inputs are on {device.type}"
-    if device.type == "cpu" and not interpreted():
-        return "runs on cuda, inputs are on cpu and TRITON_INTERPRET is not 1"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"needs compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has {found}"
+    reason = _missing(device.type, device.index or 0)
+    if reason is not None:
+        return reason
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype not in FLOATS:
             return f"takes fp32, fp16 and bf16, got {tensor.dtype}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _missing(kind: str, index: int) -> str | None:
+    """What this machine lacks; constant while a process runs, and so to a traced function."""
+    if not _TRITON:
+        return "triton is not installed"
+    if kind == "cpu":
+        return None if interpreted() else "runs on cuda, inputs are on cpu and TRITON_INTERPRET is not 1"
+    found = torch.cuda.get_device_capability(index)
+    if found < OLDEST:
+        return f"needs compute capability 8.0 or later, {torch.cuda.get_device_name(index)} has {found}"
     return None
 
 
@@ -66,7 +76,7 @@ class Variant:
     Attributes:
         name: for reports, e.g. "group_assign.assign bf16 L8 D768".
         kernel: the @triton.jit function.
-        arguments: its run-time arguments in order, name -> Triton type ("*bf16", "*fp32", "*i64", "i32", ...).
+        arguments: its run-time arguments, name -> Triton type ("*bf16", "*fp32", "*i64", "i32", ...).
         constants: its constexpr arguments.
         warps: warps of a program.
         stages: depth of software pipelining.

@@ -10,11 +10,25 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: Triton reads it when it decorates
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Results and scratch of every kernel start as NaN, so that whatever is left unwritten shows."""
+    from segclip_fast.kernels import runtime
+
+    def poison(shape, dtype, device):
+        value = float("nan") if dtype.is_floating_point else -(2**30)
+        return torch.full(tuple(shape), value, dtype=dtype, device=device)
+
+    monkeypatch.setattr(runtime, "empty", poison)
 
 
 @pytest.fixture(scope="session")

@@ -79,16 +79,49 @@ def test_empty_center_pools_to_zero():
     assert (found.pooled[empty].abs() < 1e-12).all()
 
 
-def test_opcheck_and_compile():
+def test_gradcheck_of_the_scores():
+    tensors, gumbel = inputs(1, 3, 5, 8, 2, True)
+    for function in (group_assign, group_assign_ref):
+        torch.autograd.gradcheck(lambda *x, f=function: f(*x, noise=gumbel, tau=0.9).logits, tensors)
+
+
+def test_gradcheck_of_the_straight_through_surrogate():
+    """One-hot - soft at the point + soft: smooth, with the value and by definition the gradient of `hard`."""
+    tensors, gumbel = inputs(1, 2, 9, 8, 2, True)
+    tensors[0].data /= 10  # scores below the noise: no center is left with one patch
+    at = group_assign_ref(*tensors, noise=gumbel, tau=0.9)
+    assert (at.hard.sum(dim=-1) > 1.5).all()  # off the clamp's kink
+    offset = (at.hard - ((at.logits + gumbel) / 0.9).softmax(dim=1)).detach()
+
+    def surrogate(*x):
+        centers, patches, key_weight, gain, bias, value_weight = x
+        logits = group_assign_ref(centers, patches, key_weight, gain, bias, value_weight).logits
+        hard = offset + ((logits + gumbel) / 0.9).softmax(dim=1)
+        values = torch.nn.functional.conv1d(patches.mT, value_weight[:, :, None], groups=2).mT
+        return hard @ values / hard.sum(dim=-1, keepdim=True)
+
+    assert torch.autograd.gradcheck(surrogate, tensors)
+    upstream = torch.randn_like(at.pooled)
+    expected = torch.autograd.grad(surrogate(*tensors), tensors, upstream)
+    for function in (group_assign, group_assign_ref):
+        found = torch.autograd.grad(function(*tensors, noise=gumbel, tau=0.9).pooled, tensors, upstream)
+        for name, actual, twin in zip(NAMES, found, expected, strict=True):
+            assert_close(f"d {name}", actual, twin, 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["fused", "triton"])
+@pytest.mark.parametrize("noise", ["given", "seed", "none"])
+def test_opcheck_and_compile(backend, noise):
     tensors, gumbel = inputs(2, 4, 9, 12, 3, True, torch.float32)
-    torch.library.opcheck(torch.ops.segclip_fast.group_assign, (*tensors, gumbel, 0.9))
+    gumbel = {"given": gumbel, "seed": torch.tensor([3, 4]), "none": None}[noise]
+    torch.library.opcheck(torch.ops.segclip_fast.group_assign, (*tensors, gumbel, 0.9, backend == "triton"))
     compiled = torch.compile(
         lambda *x: group_assign(*x, noise=gumbel, tau=0.9).pooled, fullgraph=True, backend="aot_eager"
     )
     expected = torch.autograd.grad(group_assign(*tensors, noise=gumbel, tau=0.9).pooled.sum(), tensors)
-    for name, a, b in zip(
-        NAMES, torch.autograd.grad(compiled(*tensors).sum(), tensors), expected, strict=True
-    ):
+    with force(backend):
+        actual = torch.autograd.grad(compiled(*tensors).sum(), tensors)
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
         assert_close(name, a, b, 1e-5)
 
 
@@ -98,14 +131,14 @@ def test_switch_and_refusal(monkeypatch):
         forced = group_assign(*tensors)
     assert "Backward0" in forced.pooled.grad_fn.name()
     monkeypatch.setenv("SEGCLIP_FAST_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match=r"group_assign: no backend for inputs .*triton"):
+    with pytest.raises(RuntimeError, match=r"no backend for inputs .*triton: takes fp32, fp16 and bf16, got"):
         group_assign(*tensors)
     monkeypatch.setenv("SEGCLIP_FAST_BACKEND", "best")
     with pytest.raises(ValueError, match="SEGCLIP_FAST_BACKEND: expected one of"):
         group_assign(*tensors)
     monkeypatch.delenv("SEGCLIP_FAST_BACKEND")
     meta = [tensor.detach().to("meta") for tensor in tensors]
-    with force("fused"), pytest.raises(RuntimeError, match="implemented for cpu, inputs are on meta"):
+    with force("triton"), pytest.raises(RuntimeError, match="runs on cuda, inputs are on meta"):
         group_assign(*meta)
 
 
@@ -131,5 +164,7 @@ def test_bad_noise_and_temperature():
     tensors, gumbel = inputs(2, 4, 9, 12, 3, True)
     with pytest.raises(ValueError, match=r"noise: expected \(2, 4, 9\)"):
         group_assign(*tensors, noise=gumbel[:1])
+    with pytest.raises(ValueError, match=r"noise: expected .* a \(2,\) int64 seed, got \(3,\)"):
+        group_assign(*tensors, noise=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="tau: expected a positive"):
         group_assign(*tensors, noise=gumbel, tau=0.0)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SWITCH = "SEGCLIP_FAST_BACKEND"
@@ -89,6 +90,8 @@ def select(op: str, backends: Sequence[Backend], tensors: Sequence[Tensor]) -> B
         RuntimeError: no (or not the requested) backend takes them; lists shapes, dtypes and every reason.
     """
     wanted = requested()
+    if wanted == "triton" and not any(backend.name == wanted for backend in backends):
+        wanted = "fused"  # this op has no Triton kernel of ours
     reasons = []
     for backend in backends:
         if wanted not in ("auto", backend.name):
@@ -106,6 +109,7 @@ def select(op: str, backends: Sequence[Backend], tensors: Sequence[Tensor]) -> B
 
 def _announce(op: str, name: str, tensors: Sequence[Tensor]) -> None:
     key = (op, name, tensors[0].device.type)
-    if key not in _announced:
+    # A log call in a traced function would break its graph.
+    if key not in _announced and not torch.compiler.is_compiling():
         _announced.add(key)
         _log.info("%s runs on backend %s (%s)", op, name, key[2])

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Backend, accept, select
-
-EPS = 1e-5  # of the key LayerNorm
+from . import group_assign_fused
+from ._dispatch import Backend, accept, requested, select
+from .group_assign_fused import EPS
+from .gumbel import gumbel
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class GroupAssignment:
     """What grouping yields.
 
     Attributes:
-        pooled: (B, L, D) mean of the values of each center's patches; 0 for an empty center.
-        logits: (B, L, N) center-patch scores, clean (no noise, no temperature).
-        hard: (B, L, N) one-hot over the centers; its gradient is that of the soft assignment.
+        pooled: (B, L, D) mean of the values of each center's patches; 0 for an empty center. Dtype of the
+            centers.
+        logits: (B, L, N) center-patch scores, clean (no noise, no temperature); float32, or float64.
+        hard: (B, L, N) one-hot over the centers, dtype of the logits; its gradient is that of the soft
+            assignment.
     """
 
     pooled: Tensor
@@ -56,7 +59,8 @@ def group_assign(
         key_gain: (D,) gain of the key LayerNorm.
         key_bias: (D,) bias of the key LayerNorm.
         value_weight: (D, D / G) grouped 1x1 projection of the values, no norm.
-        noise: (B, L, N) Gumbel(0, 1) noise in training; None assigns by the clean logits.
+        noise: in training (B, L, N) Gumbel(0, 1) noise, or a (2,) int64 seed from which every backend makes
+            the same noise (`ops.gumbel`, inside the kernel on CUDA); None assigns by the clean logits.
         tau: temperature, positive. Training 0.9; inference 1.
 
     Returns:
@@ -66,8 +70,11 @@ def group_assign(
         ValueError: shapes do not fit, or tau is not positive.
     """
     _check(centers, patches, key_weight, key_gain, key_bias, value_weight, noise, tau)
+    if patches.is_cuda and torch.is_autocast_enabled("cuda"):
+        # The one large operand in half precision; centers, norm and maps stay in float32.
+        patches = patches.to(torch.get_autocast_dtype("cuda"))
     tensors = [centers, patches, key_weight, value_weight]
-    backend = select("group_assign", BACKENDS, tensors)
+    backend = select("group_assign", BACKENDS, tensors if noise is None else [*tensors, noise])
     return backend.run(centers, patches, key_weight, key_gain, key_bias, value_weight, noise, tau)
 
 
@@ -89,12 +96,16 @@ def group_assign_ref(
     values = F.conv1d(channels_first, value_weight[:, :, None], groups=groups).mT  # (B, N, D)
 
     logits = centers @ keys.mT  # (B, L, N)
-    noisy = logits if noise is None else logits + noise
-    soft = (noisy / tau).softmax(dim=1)
+    if noise is None:
+        noisy = logits
+    else:
+        noisy = logits + (noise if noise.is_floating_point() else gumbel(noise, *logits.shape))
+    soft = (noisy / tau).softmax(dim=1, dtype=torch.promote_types(noisy.dtype, torch.float32))
     one_hot = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
     hard = one_hot - soft.detach() + soft  # straight-through
     count = hard.sum(dim=-1, keepdim=True).clamp(min=1.0)  # (B, L, 1)
-    return GroupAssignment(hard @ values / count, logits, hard)
+    pooled = hard.to(values.dtype) @ values / count
+    return GroupAssignment(pooled.to(centers.dtype), logits.to(hard.dtype), hard)
 
 
 def _check(
@@ -118,49 +129,38 @@ def _check(
     for name, vector in (("key_gain", key_gain), ("key_bias", key_bias)):
         if vector.shape != (D,):
             raise ValueError(f"{name}: expected ({D},), got shape {tuple(vector.shape)}")
-    if noise is not None and noise.shape != (B, centers.shape[1], N):
-        raise ValueError(f"noise: expected ({B}, {centers.shape[1]}, {N}), got shape {tuple(noise.shape)}")
+    if noise is not None:
+        kind = (B, centers.shape[1], N) if noise.is_floating_point() else (2,)
+        if noise.shape != kind or noise.dtype in (torch.int32, torch.bool):
+            raise ValueError(
+                f"noise: expected ({B}, {centers.shape[1]}, {N}) floating point or a (2,) int64 seed, "
+                f"got {tuple(noise.shape)} {noise.dtype}"
+            )
     if tau <= 0:
         raise ValueError(f"tau: expected a positive number, got {tau}")
 
 
-# --- fused: one registered op forward, one backward; CPU here, other devices register their own
+# --- one registered op forward, one backward, for PyTorch's operations and for the Triton kernels
 
 
-def _fused(
-    centers: Tensor,
-    patches: Tensor,
-    key_weight: Tensor,
-    key_gain: Tensor,
-    key_bias: Tensor,
-    value_weight: Tensor,
-    noise: Tensor | None,
-    tau: float,
-) -> GroupAssignment:
-    pooled, logits, hard, _, _ = torch.ops.segclip_fast.group_assign(
-        centers, patches, key_weight, key_gain, key_bias, value_weight, noise, tau
-    )
+def _fused(*operands: Any) -> GroupAssignment:
+    return _registered(*operands, triton=False)
+
+
+def _triton(*operands: Any) -> GroupAssignment:
+    return _registered(*operands, triton=True)
+
+
+def _registered(*operands: Any, triton: bool) -> GroupAssignment:
+    pooled, logits, hard, *_ = torch.ops.segclip_fast.group_assign(*operands, triton)
     return GroupAssignment(pooled, logits, hard)
 
 
-def _grouped(x: Tensor, weight: Tensor) -> Tensor:
-    """Grouped 1x1 projection of (B, M, D) rows by (D, D / G): (B, M, D)."""
-    width = weight.shape[1]
-    rows = x.unflatten(-1, (-1, width))  # (B, M, G, D / G)
-    return torch.einsum("bmgi,goi->bmgo", rows, weight.unflatten(0, (-1, width))).flatten(2)
+def _working(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _grouped_backward(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `_grouped` for x and weight."""
-    width = weight.shape[1]
-    blocks = weight.unflatten(0, (-1, width))  # (G, out, in)
-    grad = grad.unflatten(-1, (-1, width))
-    d_x = torch.einsum("bmgo,goi->bmgi", grad, blocks).flatten(2)
-    d_weight = torch.einsum("bmgo,bmgi->goi", grad, x.unflatten(-1, (-1, width))).flatten(0, 1)
-    return d_x, d_weight
-
-
-def _forward_cpu(
+def _forward(
     centers: Tensor,
     patches: Tensor,
     key_weight: Tensor,
@@ -169,16 +169,18 @@ def _forward_cpu(
     value_weight: Tensor,
     noise: Tensor | None,
     tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    keys = F.layer_norm(_grouped(patches, key_weight), patches.shape[-1:], key_gain, key_bias, EPS)
-    logits = centers @ keys.mT  # (B, L, N)
-    soft = ((logits if noise is None else logits + noise) / tau).softmax(dim=1)
-    one_hot = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
-    hard = one_hot - soft + soft
-    count = hard.sum(dim=-1, keepdim=True)  # (B, L, 1), before the clamp
-    # The value projection is linear: average L rows first, then project L rows instead of N.
-    mean = (hard @ patches) / count.clamp(min=1.0)  # (B, L, D)
-    return _grouped(mean, value_weight), logits, hard, soft, mean
+    triton: bool,
+) -> tuple[Tensor, ...]:
+    operands = (centers, patches, key_weight, key_gain, key_bias, value_weight)
+    with torch.autocast(patches.device.type, enabled=False):
+        if triton:
+            from ..kernels import group_assign as kernels
+
+            pooled, *rest = kernels.forward(*operands, noise, tau, EPS)
+        else:
+            dtype = _working(patches.dtype)
+            pooled, *rest = group_assign_fused.forward(*(t.to(dtype) for t in operands), noise, tau)
+    return pooled.to(centers.dtype), *rest
 
 
 def _forward_fake(
@@ -190,104 +192,75 @@ def _forward_fake(
     value_weight: Tensor,
     noise: Tensor | None,
     tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (centers.shape[0], centers.shape[1], patches.shape[1])
-    maps = [centers.new_empty(shape) for _ in range(3)]
-    rows = [centers.new_empty(centers.shape) for _ in range(2)]
-    return rows[0], maps[0], maps[1], maps[2], rows[1]
+    triton: bool,
+) -> tuple[Tensor, ...]:
+    B, L, _ = centers.shape
+    N, dtype = patches.shape[1], _working(patches.dtype)
+    maps = [centers.new_empty((B, L, N), dtype=dtype) for _ in range(3)]
+    mean = centers.new_empty(centers.shape, dtype=dtype)
+    return centers.new_empty(centers.shape), *maps, mean, centers.new_empty((2, B, N), dtype=dtype)
 
 
-def _backward_cpu(
-    d_pooled: Tensor,
-    d_logits: Tensor,
-    d_hard: Tensor,
-    centers: Tensor,
-    patches: Tensor,
-    key_weight: Tensor,
-    key_gain: Tensor,
-    key_bias: Tensor,
-    value_weight: Tensor,
-    hard: Tensor,
-    soft: Tensor,
-    mean: Tensor,
+def _backward(
+    grads: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    found: Sequence[Tensor],
     tau: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    count = hard.sum(dim=-1, keepdim=True)  # (B, L, 1)
-    # pooled = project(mean), mean = (hard patches) / max(count, 1)
-    d_mean, d_value_weight = _grouped_backward(mean, value_weight, d_pooled)
-    d_sum = d_mean / count.clamp(min=1.0)  # (B, L, D)
-    d_count = -(d_sum * mean).sum(dim=-1, keepdim=True) * (count >= 1.0)
-    d_soft = d_hard + d_sum @ patches.mT + d_count  # straight-through: the gradient of hard goes to soft
-    # soft = softmax((logits + noise) / tau) over the centers
-    d_noisy = soft * (d_soft - (soft * d_soft).sum(dim=1, keepdim=True))
-    d_scores = d_logits + d_noisy / tau  # (B, L, N)
-    # logits = centers keys^T, keys = LayerNorm(projected)
-    projected = _grouped(patches, key_weight)
-    normed, mu, rstd = torch.native_layer_norm(projected, projected.shape[-1:], key_gain, key_bias, EPS)
-    d_projected, d_gain, d_bias = torch.ops.aten.native_layer_norm_backward(
-        d_scores.mT @ centers,
-        projected,
-        projected.shape[-1:],
-        mu,
-        rstd,
-        key_gain,
-        key_bias,
-        [True, True, True],
-    )
-    d_patches, d_key_weight = _grouped_backward(patches, key_weight, d_projected)
-    d_patches = d_patches + hard.mT @ d_sum
-    return d_scores @ normed, d_patches, d_key_weight, d_gain, d_bias, d_value_weight
+    triton: bool,
+) -> list[Tensor]:
+    with torch.autocast(operands[0].device.type, enabled=False):
+        if triton:
+            from ..kernels import group_assign_backward as kernels
+
+            results: Sequence[Tensor] = kernels.backward(grads, operands, found, tau)
+        else:
+            dtype = found[0].dtype
+            _, hard, soft, mean, moments = found
+            tensors = (t.to(dtype) for t in (*grads, *operands))
+            results = group_assign_fused.backward(*tensors, hard, soft, mean, moments, tau)
+    return [result.to(operand.dtype) for result, operand in zip(results, operands, strict=True)]
 
 
 def _backward_fake(
-    d_pooled: Tensor,
-    d_logits: Tensor,
-    d_hard: Tensor,
-    centers: Tensor,
-    patches: Tensor,
-    key_weight: Tensor,
-    key_gain: Tensor,
-    key_bias: Tensor,
-    value_weight: Tensor,
-    hard: Tensor,
-    soft: Tensor,
-    mean: Tensor,
+    grads: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    found: Sequence[Tensor],
     tau: float,
-) -> tuple[Tensor, ...]:
-    inputs = (centers, patches, key_weight, key_gain, key_bias, value_weight)
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+    triton: bool,
+) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in operands]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, _, tau = inputs
-    _, _, hard, soft, mean = output
-    ctx.mark_non_differentiable(soft, mean)
-    ctx.save_for_backward(*tensors, hard, soft, mean)
-    ctx.tau = tau
+    *operands, _, tau, triton = inputs
+    _, *found = output
+    ctx.mark_non_differentiable(*found[2:])
+    ctx.save_for_backward(*operands, *found)
+    ctx.tau, ctx.triton = tau, triton
 
 
 def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    d_pooled, d_logits, d_hard = grads[:3]
-    found = torch.ops.segclip_fast.group_assign_backward(d_pooled, d_logits, d_hard, *saved, ctx.tau)
-    return (*found, None, None)
+    saved = list(ctx.saved_tensors)
+    found = torch.ops.segclip_fast.group_assign_backward(
+        list(grads[:3]), saved[:6], saved[6:], ctx.tau, ctx.triton
+    )
+    return (*found, None, None, None)
 
 
-_OPERANDS = (
-    "Tensor centers, Tensor patches, Tensor key_weight, Tensor key_gain, Tensor key_bias, Tensor value_weight"
-)
 _library = torch.library.Library("segclip_fast", "FRAGMENT")
 _library.define(
-    f"group_assign({_OPERANDS}, Tensor? noise, float tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "group_assign(Tensor centers, Tensor patches, Tensor key_weight, Tensor key_gain, Tensor key_bias, "
+    "Tensor value_weight, Tensor? noise, float tau, bool triton) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    f"group_assign_backward(Tensor d_pooled, Tensor d_logits, Tensor d_hard, {_OPERANDS}, Tensor hard, "
-    "Tensor soft, Tensor mean, float tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "group_assign_backward(Tensor[] grads, Tensor[] operands, Tensor[] found, float tau, bool triton) "
+    "-> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("group_assign", _forward_cpu, "CPU")
-_library.impl("group_assign_backward", _backward_cpu, "CPU")
+_library.impl("group_assign", _forward, "CompositeExplicitAutograd")
+_library.impl("group_assign_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("segclip_fast::group_assign", _forward_fake, lib=_library)
 torch.library.register_fake("segclip_fast::group_assign_backward", _backward_fake, lib=_library)
 torch.library.register_autograd(
@@ -295,9 +268,24 @@ torch.library.register_autograd(
 )
 
 
-def _refuse_fused(tensors: Sequence[Tensor]) -> str | None:
-    device = tensors[0].device.type
-    return None if device == "cpu" else f"implemented for cpu, inputs are on {device}"
+def _refuse_triton(tensors: Sequence[Tensor]) -> str | None:
+    from ..kernels import runtime
+
+    reason = runtime.unavailable(tensors)
+    if reason is not None:
+        return reason
+    if not tensors[0].is_cuda and requested() != "triton":
+        return "on the CPU it is interpreted, far slower than fused: only by request"
+    if len(tensors) < 3:  # asked in general, as `segclip_fast.info` does
+        return None
+    from ..kernels.group_assign import refuse
+
+    centers, _, key_weight, *_ = tensors
+    return refuse(centers.shape[1], key_weight.shape[1])
 
 
-BACKENDS = (Backend("fused", _fused, _refuse_fused), Backend("reference", group_assign_ref, accept))
+BACKENDS = (
+    Backend("triton", _triton, _refuse_triton),
+    Backend("fused", _fused, accept),
+    Backend("reference", group_assign_ref, accept),
+)

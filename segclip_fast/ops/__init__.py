@@ -1,6 +1,7 @@
 """The four fast operations and their plain-PyTorch twins (`<op>_ref`): tensors in, tensors out, no model."""
 
 from .attention import attention, attention_ref
+from .attention_packed import attention_packed, attention_packed_ref
 from .felzenszwalb import felzenszwalb, felzenszwalb_ref, patch_labels
 from .group_assign import GroupAssignment, group_assign, group_assign_ref
 from .superpixel_kl import superpixel_kl, superpixel_kl_ref
@@ -8,6 +9,8 @@ from .superpixel_kl import superpixel_kl, superpixel_kl_ref
 __all__ = [
     "GroupAssignment",
     "attention",
+    "attention_packed",
+    "attention_packed_ref",
     "attention_ref",
     "felzenszwalb",
     "felzenszwalb_ref",

@@ -295,11 +295,11 @@ class Backward(NamedTuple):
 def backward(
     grads: Sequence[Tensor], operands: Sequence[Tensor], found: Sequence[Tensor], tau: float
 ) -> Backward:
-    """Gradients of what `forward` took.
+    """Gradients of the operands of `forward`.
 
     Args:
         grads: of pooled (B, L, D), logits and hard (B, L, N).
-        operands: centers, patches, key_weight, key_gain, key_bias, value_weight, as for `forward`.
+        operands: the first six of `forward`.
         found: logits, hard, soft, mean, moments, as `forward` returned them.
         tau: the temperature.
     """

@@ -1,4 +1,4 @@
-"""The three training losses as pure functions (paper Section 2.4); computed in float32.
+"""The training losses as pure functions (paper Section 2.4), in float32, or float64 if that comes.
 
 Shapes: B batch, N patches, L centers, E joint embedding, P pixel values of a patch.
 """
@@ -59,7 +59,7 @@ def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, holds: Tensor 
         raise ValueError(
             f"holds: expected ({len(image)}, {len(image)}) bool, got {tuple(holds.shape)} {holds.dtype}"
         )
-    image, text = image.float(), text.float()
+    image, text = _wide(image), _wide(text)
     image = image / image.norm(dim=-1, keepdim=True)
     text = text / text.norm(dim=-1, keepdim=True)
     logits = inverse_temperature(logit_scale) * image @ text.mT  # (B, B), image i against text j
@@ -72,7 +72,12 @@ def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, holds: Tensor 
 
 def inverse_temperature(logit_scale: Tensor) -> Tensor:
     """exp(logit_scale), at most 100 (no gradient above)."""
-    return logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
+    return _wide(logit_scale).exp().clamp(max=MAX_LOGIT_SCALE)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, whatever autocast made of it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def reconstruction(predicted: Tensor, pixels: Tensor, hidden: Tensor) -> Tensor:
@@ -86,5 +91,5 @@ def reconstruction(predicted: Tensor, pixels: Tensor, hidden: Tensor) -> Tensor:
     Returns:
         () mean over hidden patches of the mean-squared error.
     """
-    error = (predicted.float() - pixels.float()).square().mean(dim=-1)  # (B, N)
+    error = (_wide(predicted) - _wide(pixels)).square().mean(dim=-1)  # (B, N)
     return (error * hidden).sum() / hidden.sum()

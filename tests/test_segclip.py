@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import assert_close
 from small import small_config, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from segclip_fast import LossConfig, Noise, SegCLIP
 from segclip_fast.config import preset
 from segclip_fast.model.reconstruction import mask_patches, patchify, sincos_positions
-from segclip_fast.ops._dispatch import force
 
 
 def batch(model, B=3, dtype=torch.float32):
@@ -103,23 +103,36 @@ def test_encode_image_is_clean_in_training_mode():
 
 
 @pytest.mark.parametrize("form", ["paper", "official"])
-def test_fused_ops_equal_the_reference(form):
+def test_fast_path_equals_the_literal_one(form):
+    """Absorbed projections, packed text, one pass for both images, segment sums: the same numbers."""
     model = small_model().double()
     model.loss = LossConfig(kl_form=form)
     images, tokens, superpixels = batch(model, dtype=torch.float64)
+    assert len(set(tokens.argmax(dim=1).tolist())) > 1  # texts of different lengths
     noise = model.draw_noise(images, torch.Generator().manual_seed(1))
-    noise = Noise(noise.full.double(), noise.mask.double(), noise.masked.double())
+    noise = Noise(noise.full, noise.mask.double(), noise.masked)
     results = []
-    for backend in ("fused", "reference"):
-        with force(backend):
-            losses = model(images, tokens, superpixels, noise)
+    for backend in ("auto", "fused", "reference"):
+        model.backend = backend
+        losses = model(images, tokens, superpixels, noise)
         grads = torch.autograd.grad(losses.total, list(model.parameters()))
-        results.append([*losses.named().values(), *grads])
-    names = ["total", "contrastive", "reconstruction", "superpixel_kl", *dict(model.named_parameters())]
-    for name, fused, reference in zip(names, *results, strict=True):
-        # Losses and logits are float32 by design; the rest is float64.
-        scale = reference.abs().max().clamp(min=1e-6)
-        assert ((fused - reference).abs().max() / scale).item() < 1e-6, name
+        features = model.encode_image(images)
+        results.append([*losses.named().values(), features.image, features.regions, features.soft, *grads])
+    names = ["total", "contrastive", "reconstruction", "superpixel_kl", "image", "regions", "soft"]
+    for fast in results[:2]:
+        for name, value, reference in zip(
+            [*names, *dict(model.named_parameters())], fast, results[2], strict=True
+        ):
+            assert value.dtype == torch.float64, name
+            # The gradient of the key bias is zero: softmax does not see it.
+            scale = reference.abs().max().clamp(min=1e-8)
+            assert ((value - reference).abs().max() / scale).item() < 1e-10, name
+
+
+def test_backend_of_a_model():
+    assert SegCLIP(small_config(), backend="reference").backend == "reference"
+    with pytest.raises(ValueError, match="backend: expected one of .* got 'fastest'"):
+        SegCLIP(small_config(), backend="fastest")
 
 
 def test_terms_of_weight_zero_are_left_out():
@@ -154,12 +167,64 @@ def test_text_after_the_end_token_is_ignored():
     torch.testing.assert_close(model.encode_text(tokens[:, :5]), model.encode_text(tokens))
 
 
-def test_compiles_without_a_break():
-    model = small_model()
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_break(backend, compiler):
+    """Training step and inference. No break also means that nothing waits for the device."""
+    torch._dynamo.reset()
+    model = SegCLIP(small_config(), backend=backend)
     inputs = batch(model)
     noise = model.draw_noise(inputs[0])
-    compiled = torch.compile(lambda *x: model(*x).total, fullgraph=True, backend="aot_eager")
-    assert_close("total", compiled(*inputs, noise), model(*inputs, noise).total, 1e-5)
+    parameters = dict(model.named_parameters())
+    step = torch.compile(model, fullgraph=True, backend=compiler)
+    results = []
+    for function in (step, model):
+        losses = function(*inputs, noise)
+        grads = torch.autograd.grad(losses.total, list(parameters.values()))
+        results.append([*losses.named().values(), *grads])
+    names = ["total", "contrastive", "reconstruction", "superpixel_kl", *parameters]
+    for name, actual, expected in zip(names, *results, strict=True):
+        if expected.abs().max() > 1e-8:
+            assert_close(name, actual, expected, 1e-4)
+    with torch.no_grad():
+        encode = torch.compile(model.encode_image, fullgraph=True, backend=compiler)
+        assert_close("regions", encode(inputs[0]).regions, model.encode_image(inputs[0]).regions, 1e-5)
+        write = torch.compile(model.encode_text, fullgraph=True, backend=compiler)
+        assert_close("text", write(inputs[1]), model.encode_text(inputs[1]), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_keeps_softmax_norms_and_losses_in_float32(backend):
+    found: dict[str, set] = {}
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            first = result[0] if isinstance(result, (tuple, list)) else result
+            if isinstance(first, torch.Tensor):
+                found.setdefault(function._schema.name, set()).add(first.dtype)
+            return result
+
+    model = SegCLIP(small_config(), backend=backend)
+    inputs = batch(model)
+    with torch.autocast("cpu", torch.bfloat16), Record():
+        losses = model(*inputs)
+        losses.total.backward()
+        features = model.encode_image(inputs[0])
+    assert torch.bfloat16 in found["aten::mm"]
+    for name in ("softmax", "_softmax", "_log_softmax", "native_layer_norm", "native_layer_norm_backward"):
+        assert found.get(f"aten::{name}", {torch.float32}) == {torch.float32}, name
+    assert "aten::native_layer_norm" in found
+    assert {value.dtype for value in losses.named().values()} == {torch.float32}
+    assert features.soft.dtype == features.logits.dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_half_precision_model_runs():
+    model = small_model().bfloat16()
+    images, tokens, superpixels = batch(model, dtype=torch.bfloat16)
+    model(images, tokens, superpixels).total.backward()
+    assert model.encode_image(images).regions.dtype == torch.bfloat16
 
 
 def test_masking_keeps_the_least_noise():

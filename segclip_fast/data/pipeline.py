@@ -62,8 +62,13 @@ class Batch:
     holds: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        return Batch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+        """The same batch on `device`; the tokens stay on the host, where the model packs them."""
+        return Batch(
+            **{
+                name: value if name == "tokens" else value.to(device, non_blocking=True)
+                for name, value in vars(self).items()
+            }
+        )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by the loader)."""

@@ -121,7 +121,7 @@ def _encode(model: SegCLIP, labels: tuple[str, ...], templates: tuple[str, ...])
     device = next(model.parameters()).device
     with evaluation_mode(model):
         parts = [
-            model.encode_text(model.tokenize(prompts[i : i + TEXT_BATCH]).to(device)).float()
+            model.encode_text(model.tokenize(prompts[i : i + TEXT_BATCH])).float()
             for i in range(0, len(prompts), TEXT_BATCH)
         ]
     features = torch.cat(parts).unflatten(0, (len(labels), len(templates)))  # (C, templates, E)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import GroupingConfig, VisionConfig
 from ..ops import group_assign
-from .layers import MLP, CrossBlock, quick_gelu
+from .layers import MLP, CrossBlock, LayerNorm, quick_gelu
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class SemanticGrouping(nn.Module):
         width = vision.width
         self.tau = config.tau
         self.centers = nn.Parameter(torch.empty(config.centers, width))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.blocks = nn.ModuleList(
             CrossBlock(width, vision.heads, vision.mlp_ratio, vision.activation)
             for _ in range(config.cross_layers)
         )
-        self.center_norm = nn.LayerNorm(width)
+        self.center_norm = LayerNorm(width)
         self.key_weight = nn.Parameter(torch.empty(width, width // vision.heads))
-        self.key_norm = nn.LayerNorm(width)
+        self.key_norm = LayerNorm(width)
         self.value_weight = nn.Parameter(torch.empty(width, width // vision.heads))
-        self.out_norm = nn.LayerNorm(width)
+        self.out_norm = LayerNorm(width)
         self.out_mlp = MLP(width, int(width * vision.mlp_ratio), "gelu")
 
     def forward(self, patches: Tensor, noise: Tensor | None = None) -> Grouping:
@@ -55,7 +55,8 @@ class SemanticGrouping(nn.Module):
 
         Args:
             patches: (B, N, D) tokens of the first stage.
-            noise: (B, L, N) Gumbel noise for a training pass (temperature tau); None for a clean assignment.
+            noise: (B, L, N) Gumbel noise or its (2,) int64 seed for a training pass (temperature tau); None
+                for a clean assignment.
 
         Returns:
             Grouping(regions (B, L, D), logits (B, L, N), hard (B, L, N)).
@@ -79,11 +80,5 @@ class SemanticGrouping(nn.Module):
         )
 
         # Region tokens; the release's output MLP has no residual.
-        regions = quick_gelu(self.out_mlp(self.out_norm(centers + found.pooled)))
+        regions = quick_gelu(self.out_mlp(self.out_norm(centers + found.pooled))).to(centers.dtype)
         return Grouping(regions, found.logits, found.hard)
-
-
-def gumbel(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Gumbel(0, 1) noise, float32: -log(E) with E exponential."""
-    exponential = torch.empty(shape, device=device).exponential_(generator=generator)
-    return -exponential.clamp(min=1e-30).log()

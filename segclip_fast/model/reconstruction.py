@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SegCLIPConfig
-from .layers import Block, quick_gelu
+from .layers import Block, LayerNorm, quick_gelu
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Reconstruction(nn.Module):
             Block(hidden, settings.decoder_heads, 4.0, "gelu", eps=1e-6)
             for _ in range(settings.decoder_layers)
         )
-        self.norm = nn.LayerNorm(hidden, eps=1e-6)
+        self.norm = LayerNorm(hidden, eps=1e-6)
         self.predict = nn.Linear(hidden, 3 * vision.patch_size**2)
 
     def forward(self, regions: Tensor, hard: Tensor, masking: Masking) -> Tensor:
@@ -77,7 +77,8 @@ class Reconstruction(nn.Module):
             (B, N, P) pixel values, ordered (row, column, channel) inside a patch.
         """
         # Reconstruction layer (Eq. 4): every visible patch becomes a mix of the regions.
-        tokens = quick_gelu(self.mix(hard.mT) @ regions)  # (B, K, D)
+        mix = self.mix(hard.mT.to(self.mix.weight.dtype))  # (B, K, L)
+        tokens = quick_gelu(mix @ regions).to(regions.dtype)  # (B, K, D)
         for block in self.blocks:
             tokens = block(tokens)
 

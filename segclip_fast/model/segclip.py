@@ -20,10 +20,10 @@ from .. import losses
 from ..config import LossConfig, SegCLIPConfig
 from ..losses import Losses
 from ..ops import superpixel_kl
-from ..ops._dispatch import known, served_by
-from .grouping import gumbel
+from ..ops._dispatch import known, literal, served_by
+from ..ops.gumbel import draw_seed
 from .initialise import initialise
-from .reconstruction import Reconstruction, mask_patches, patchify
+from .reconstruction import Masking, Reconstruction, mask_patches, patchify
 from .text import TextEncoder
 from .vision import VisionEncoder
 
@@ -55,9 +55,9 @@ class Noise:
     """The random numbers of one training step, so that a step can be replayed.
 
     Attributes:
-        full: (B, L, N) Gumbel(0, 1) for the assignment of the whole image.
+        full: Gumbel(0, 1) for the assignment of the whole image: (B, L, N), or the (2,) int64 seed of it.
         mask: (B, N) uniform; the patches with the least values stay visible.
-        masked: (B, L, K) Gumbel(0, 1) for the assignment of the masked image.
+        masked: the same for the masked image: (B, L, K), or the (2,) int64 seed of it.
     """
 
     full: Tensor
@@ -121,18 +121,17 @@ class SegCLIP(nn.Module):
             grouping = self.vision.grouping(self.vision.encode_patches(self.vision.embed(images)))
             image, regions = self.vision.encode_regions(grouping.regions)
         logits = grouping.logits
-        return ImageFeatures(image, regions, logits, logits.float().softmax(dim=1), grouping.hard)
+        return ImageFeatures(image, regions, logits, logits.softmax(dim=1), grouping.hard)
 
     # --- training
 
     def draw_noise(self, images: Tensor, generator: torch.Generator | None = None) -> Noise:
         """Random numbers for a step on `images` (B, 3, H, W), drawn in the order full, mask, masked."""
-        patch, L = self.config.vision.patch_size, self.config.grouping.centers
-        B, N = len(images), (images.shape[2] // patch) * (images.shape[3] // patch)
-        device, kept = images.device, self.config.reconstruction.kept(N)
-        full = gumbel((B, L, N), device, generator)
-        mask = torch.rand((B, N), device=device, generator=generator)
-        return Noise(full, mask, gumbel((B, L, kept), device, generator))
+        patch, device = self.config.vision.patch_size, images.device
+        N = (images.shape[2] // patch) * (images.shape[3] // patch)
+        full = draw_seed(device, generator)
+        mask = torch.rand((len(images), N), device=device, generator=generator)
+        return Noise(full, mask, draw_seed(device, generator))
 
     def forward(
         self,
@@ -170,15 +169,19 @@ class SegCLIP(nn.Module):
     ) -> Losses:
         weights = self.loss
         patches = self.vision.embed(images)  # (B, N, D)
-        grouping = self.vision.grouping(self.vision.encode_patches(patches), noise.full)
+        masking = None
+        if weights.reconstruction > 0 and self.reconstruction is not None:
+            masking = self._masking(images, noise)
+        whole, visible = self._first_stage(patches, masking)
+        grouping = self.vision.grouping(whole, noise.full)
 
         contrast = pixels = consistency = None
         if weights.contrastive > 0:
             image, _ = self.vision.encode_regions(grouping.regions)
             known = holds if weights.mask_false_negatives else None
             contrast = losses.contrastive(image, self.encode_text(tokens), self.logit_scale, known)
-        if weights.reconstruction > 0 and self.reconstruction is not None:
-            pixels = self._reconstruction_loss(images, patches, noise)
+        if masking is not None and visible is not None:
+            pixels = self._reconstruction_loss(images, visible, masking, noise)
         if weights.superpixel_kl > 0 and superpixels is not None:
             labels = self._patch_labels(superpixels, images)
             consistency = superpixel_kl(labels, grouping.hard.mT, weights.kl_form)
@@ -193,15 +196,25 @@ class SegCLIP(nn.Module):
                 total = total + getattr(weights, name) * term
         return Losses(total, contrast, pixels, consistency)
 
-    def _reconstruction_loss(self, images: Tensor, patches: Tensor, noise: Noise) -> Tensor:
-        assert self.reconstruction is not None
+    def _masking(self, images: Tensor, noise: Noise) -> Masking:
         size = self.config.vision.image_size
         if images.shape[2:] != (size, size):
             raise ValueError(
                 f"images: expected {size} x {size} to reconstruct, got {tuple(images.shape[2:])}"
             )
-        masking = mask_patches(noise.mask, self.config.reconstruction.kept(patches.shape[1]))
-        visible = self.vision.encode_patches(masking.select(patches))  # (B, K, D)
+        return mask_patches(noise.mask, self.config.reconstruction.kept(noise.mask.shape[1]))
+
+    def _first_stage(self, patches: Tensor, masking: Masking | None) -> tuple[Tensor, Tensor | None]:
+        """Encoded patches (B, N, D), and those of the masked image (B, K, D) if there is one."""
+        if masking is None:
+            return self.vision.encode_patches(patches), None
+        visible = masking.select(patches)
+        if literal():
+            return self.vision.encode_patches(patches), self.vision.encode_patches(visible)
+        return self.vision.encode_both(patches, visible)
+
+    def _reconstruction_loss(self, images: Tensor, visible: Tensor, masking: Masking, noise: Noise) -> Tensor:
+        assert self.reconstruction is not None
         grouping = self.vision.grouping(visible, noise.masked)
         predicted = self.reconstruction(grouping.regions, grouping.hard, masking)
         target = patchify(images, self.config.vision.patch_size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import GroupingConfig, VisionConfig
 from .grouping import SemanticGrouping
-from .layers import Block
+from .layers import Block, LayerNorm, apart
 
 
 class VisionEncoder(nn.Module):
@@ -31,14 +31,14 @@ class VisionEncoder(nn.Module):
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.register_buffer("class_embedding", torch.zeros(width))
         self.position_embedding = nn.Parameter(torch.empty(config.grid**2 + 1, width))
-        self.norm_in = nn.LayerNorm(width)
+        self.norm_in = LayerNorm(width)
         blocks = [
             Block(width, config.heads, config.mlp_ratio, config.activation) for _ in range(config.layers)
         ]
         self.first_stage = nn.ModuleList(blocks[: config.group_after])
         self.grouping = SemanticGrouping(config, grouping)
         self.third_stage = nn.ModuleList(blocks[config.group_after :])
-        self.norm_out = nn.LayerNorm(width)
+        self.norm_out = LayerNorm(width)
         self.projection = nn.Parameter(torch.empty(width, embed_dim))
 
     def embed(self, images: Tensor) -> Tensor:
@@ -71,6 +71,19 @@ class VisionEncoder(nn.Module):
         for block in self.first_stage:
             tokens = block(tokens)
         return tokens
+
+    def encode_both(self, patches: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """First stage of whole images (B, N, D) and of their visible patches (B, K, D) in one pass.
+
+        They meet in no attention: two passes in which every weight is read, and its gradient written, once.
+        """
+        sizes = patches.shape[1], visible.shape[1]
+        tokens = torch.cat([patches, visible], dim=1)  # (B, N + K, D)
+        attend = apart(*sizes)
+        for block in self.first_stage:
+            tokens = block(tokens, attend)
+        whole, masked = tokens.split(sizes, dim=1)
+        return whole, masked
 
     def encode_regions(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         """Third stage: region tokens (B, L, D) -> image feature (B, E) and region features (B, L, E).

@@ -92,7 +92,7 @@ def group_assign_ref(
     groups = patches.shape[-1] // key_weight.shape[1]
     channels_first = patches.mT  # (B, D, N)
     keys = F.conv1d(channels_first, key_weight[:, :, None], groups=groups).mT
-    keys = F.layer_norm(keys, keys.shape[-1:], key_gain, key_bias, EPS)  # (B, N, D)
+    keys = F.layer_norm(keys.to(key_gain.dtype), keys.shape[-1:], key_gain, key_bias, EPS)  # (B, N, D)
     values = F.conv1d(channels_first, value_weight[:, :, None], groups=groups).mT  # (B, N, D)
 
     logits = centers @ keys.mT  # (B, L, N)
@@ -179,7 +179,7 @@ def _forward(
             pooled, *rest = kernels.forward(*operands, noise, tau, EPS)
         else:
             dtype = _working(patches.dtype)
-            pooled, *rest = group_assign_fused.forward(*(t.to(dtype) for t in operands), noise, tau)
+            pooled, *rest = group_assign_fused.forward([t.to(dtype) for t in operands], noise, tau)
     return pooled.to(centers.dtype), *rest
 
 
@@ -215,9 +215,9 @@ def _backward(
             results: Sequence[Tensor] = kernels.backward(grads, operands, found, tau)
         else:
             dtype = found[0].dtype
-            _, hard, soft, mean, moments = found
-            tensors = (t.to(dtype) for t in (*grads, *operands))
-            results = group_assign_fused.backward(*tensors, hard, soft, mean, moments, tau)
+            grads = [t.to(dtype) for t in grads]
+            wide = [t.to(dtype) for t in operands]
+            results = group_assign_fused.backward(grads, wide, found, tau)
     return [result.to(operand.dtype) for result, operand in zip(results, operands, strict=True)]
 
 

@@ -6,6 +6,8 @@ computed in float32, or float64 where that is what comes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,17 +16,9 @@ from .gumbel import gumbel
 EPS = 1e-5  # of the key LayerNorm
 
 
-def forward(
-    centers: Tensor,
-    patches: Tensor,
-    key_weight: Tensor,
-    key_gain: Tensor,
-    key_bias: Tensor,
-    value_weight: Tensor,
-    noise: Tensor | None,
-    tau: float,
-) -> tuple[Tensor, ...]:
+def forward(operands: Sequence[Tensor], noise: Tensor | None, tau: float) -> tuple[Tensor, ...]:
     """Pooled (B, L, D), logits, hard and soft (B, L, N), mean (B, L, D) and moments (2, B, N) of the keys."""
+    centers, patches, key_weight, key_gain, key_bias, value_weight = operands
     projected = grouped(patches, key_weight)
     keys, mu, rstd = torch.native_layer_norm(projected, projected.shape[-1:], key_gain, key_bias, EPS)
     logits = centers @ keys.mT  # (B, L, N)
@@ -45,22 +39,12 @@ def forward(
 
 
 def backward(
-    d_pooled: Tensor,
-    d_logits: Tensor,
-    d_hard: Tensor,
-    centers: Tensor,
-    patches: Tensor,
-    key_weight: Tensor,
-    key_gain: Tensor,
-    key_bias: Tensor,
-    value_weight: Tensor,
-    hard: Tensor,
-    soft: Tensor,
-    mean: Tensor,
-    moments: Tensor,
-    tau: float,
+    grads: Sequence[Tensor], operands: Sequence[Tensor], found: Sequence[Tensor], tau: float
 ) -> tuple[Tensor, ...]:
     """Gradients of centers, patches, key weight, gain and bias, value weight."""
+    d_pooled, d_logits, d_hard = grads
+    centers, patches, key_weight, key_gain, key_bias, value_weight = operands
+    _, hard, soft, mean, moments = found
     count = hard.sum(dim=-1, keepdim=True)  # (B, L, 1)
     # pooled = project(mean), mean = (hard patches) / max(count, 1)
     d_mean, d_value_weight = grouped_backward(mean, value_weight, d_pooled)

@@ -19,6 +19,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _device(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Results and scratch of every kernel start as NaN, so that whatever is left unwritten shows."""

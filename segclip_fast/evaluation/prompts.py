@@ -118,7 +118,6 @@ def _state_of(model: torch.nn.Module) -> int:
 
 def _encode(model: SegCLIP, labels: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
     prompts = [template.replace("{}", label) for label in labels for template in templates]
-    device = next(model.parameters()).device
     with evaluation_mode(model):
         parts = [
             model.encode_text(model.tokenize(prompts[i : i + TEXT_BATCH])).float()

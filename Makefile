@@ -3,7 +3,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint wheel stamps bench
+.PHONY: help install demo test test-all lint wheel stamps bench gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -42,9 +42,33 @@ stamps: ## the Tux Paint stamps (Debian package, 160 MB) in .stamps/, for the te
 	mkdir -p .stamps && cd .stamps && apt-get download tuxpaint-stamps-default
 	dpkg -x .stamps/tuxpaint-stamps-default_*.deb .stamps
 
-bench: install demo/report.json ## timings on this machine into benchmarks/results/ and the README
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=build/benchmarks.json
-	$(BIN)/python benchmarks/report.py --benchmarks build/benchmarks.json --demo demo/report.json --readme README.md
+bench: install demo/report.json ## timings of this machine's CPU into benchmarks/results/, the README and docs/performance.md
+	mkdir -p build
+	SEGCLIP_BENCH_DEVICE=cpu $(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=build/benchmarks.json
+	$(BIN)/python benchmarks/flops.py
+	$(BIN)/python benchmarks/report.py --benchmarks build/benchmarks.json --demo demo/report.json $(TABLES)
 
 demo/report.json:
 	$(MAKE) demo
+
+# No .venv and no network: the machine's own Python, and beside it build/site, where the package is built with its
+# CUDA part. PYTHONSAFEPATH keeps the checkout, which has no segclip_fast.kernels, from hiding the built package.
+# WHEELS=folder: wheels of what that Python lacks; COMMIT: what the results name where there is no git.
+COMMIT ?= $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
+PYTHON_BIN = $(abspath $(dir $(shell command -v $(PYTHON))))
+GPU = PATH="$(CURDIR)/build/site/bin:$(PYTHON_BIN):$$PATH" PYTHONPATH="$(CURDIR)/build/site" PYTHONSAFEPATH=1 \
+  COMMIT="$(COMMIT)" $(PYTHON)
+PIP_OFFLINE = -m pip install --quiet --no-index --no-deps --upgrade --target build/site
+TABLES = --readme README.md --performance docs/performance.md
+
+gpu: ## on a machine with a GPU, offline: CUDA build, GPU tests, benchmarks into benchmarks/results/<gpu>.json
+	mkdir -p build/site
+	$(if $(WHEELS),$(PYTHON) $(PIP_OFFLINE) $(WHEELS)/*.whl)
+	$(GPU) benchmarks/harness/gpu_ready.py
+	rm -rf build/lib* build/bdist*
+	WITH_CUDA=on $(GPU) $(PIP_OFFLINE) --no-build-isolation .
+	status=0; \
+	$(GPU) -m pytest -m gpu tests || status=$$?; \
+	SEGCLIP_BENCH_DEVICE=cuda $(GPU) -m pytest benchmarks/ --ignore=benchmarks/bench_felzenszwalb.py \
+	  --benchmark-only --benchmark-json=build/gpu.json || status=$$?; \
+	COMMIT="$(COMMIT)" $(PYTHON) benchmarks/report.py --benchmarks build/gpu.json $(TABLES) && exit $$status

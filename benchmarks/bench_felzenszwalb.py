@@ -7,21 +7,18 @@ unless the name says otherwise. Labels are compared with scikit-image's before a
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage
 import skimage.segmentation
 import torch
-from skimage import io
+from harness import pictures
 
 from segclip_fast.ops import felzenszwalb
 
 CROPS = 16
-PHOTOS = ["astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png"]
 SETTINGS = {
-    "paper": {"scale": 224.0, "sigma": 0.9, "min_size": 224},
+    "paper": pictures.PAPER,
     "scale100": {"scale": 100.0, "sigma": 0.8, "min_size": 20},
     "default": {"scale": 1.0, "sigma": 0.8, "min_size": 20},
 }
@@ -30,16 +27,7 @@ settings = pytest.mark.parametrize("setting", list(SETTINGS))
 
 @pytest.fixture(scope="module")
 def crops():
-    rng = np.random.default_rng(0)
-    folder = Path(skimage.__file__).parent / "data"
-    photos = [io.imread(folder / name)[..., :3] for name in PHOTOS if (folder / name).exists()]
-    corners = [
-        [int(rng.integers(0, n - 223)) for n in photos[i % len(photos)].shape[:2]] for i in range(CROPS)
-    ]
-    return [
-        np.ascontiguousarray(photos[i % len(photos)][y : y + 224, x : x + 224])
-        for i, (y, x) in enumerate(corners)
-    ]
+    return pictures.crops(CROPS)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """From measurements to the README: keep what matters of each run as JSON, print the tables from those.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=out.json
-    python benchmarks/report.py --benchmarks out.json --demo demo/report.json --readme README.md
+    python benchmarks/report.py --benchmarks out.json --demo demo/report.json \
+        --readme README.md --performance docs/performance.md
 
-A given run replaces its file in benchmarks/results/ (cpu_ops.json, cpu_demo.json); else the stored is used.
+A given run replaces its file in benchmarks/results/: cpu_ops.json or the GPU's own, cpu_demo.json. What is
+not given is taken as stored; operations.json comes from flops.py. Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -11,113 +13,115 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from harness.machine import commit, slug
+from reporting.performance import floor_tables, operations_table
+from reporting.tables import demo_table, felzenszwalb_table, gpu_tables, ops_table
+
 RESULTS = Path(__file__).parent / "results"
-OPS, DEMO = RESULTS / "cpu_ops.json", RESULTS / "cpu_demo.json"
-BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+OPS, DEMO, OPERATIONS = "cpu_ops.json", "cpu_demo.json", "operations.json"
+MARKERS = {  # of the README, then of docs/performance.md
+    "results": ("<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"),
+    "operations": ("<!-- operations: written by benchmarks/report.py -->", "<!-- end of operations -->"),
+    "floors": ("<!-- floors: written by benchmarks/report.py -->", "<!-- end of floors -->"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--benchmarks", type=Path, help="pytest-benchmark's JSON of a new run")
     parser.add_argument("--demo", type=Path, help="report.json of a new demonstration")
-    parser.add_argument("--readme", type=Path, help="write the tables into this file, else print them")
+    parser.add_argument("--readme", type=Path, help="write its tables into this file, else print them")
+    parser.add_argument("--performance", type=Path, help="write its tables into this file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the stored runs")
     options = parser.parse_args()
     if options.benchmarks:
-        store(OPS, condense(json.loads(options.benchmarks.read_text())))
+        run = condense(json.loads(options.benchmarks.read_text()))
+        store(options.results / file_name(run), run)
     if options.demo:
-        store(DEMO, json.loads(options.demo.read_text()) | {"commit": commit()})
-    text = demo_table(json.loads(DEMO.read_text())) + "\n" + ops_table(json.loads(OPS.read_text()))
+        demo = json.loads(options.demo.read_text()) | {"commit": commit()}
+        store(options.results / DEMO, demo)
+    stored = load(options.results)
     if options.readme is None:
-        print(text)
-        return
-    readme = options.readme.read_text()
-    block = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    if not block.search(readme):
-        raise SystemExit(f"{options.readme}: expected the markers {BEGIN} and {END}")
-    options.readme.write_text(block.sub(lambda _: f"{BEGIN}\n{text}\n{END}", readme))
+        print(readme_tables(stored))
+    else:
+        fill(options.readme, {"results": readme_tables(stored)})
+    if options.performance is not None:
+        operations = operations_table(stored.get(OPERATIONS))
+        fill(options.performance, {"operations": operations, "floors": floor_tables(stored)})
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The stored runs by file name."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def readme_tables(stored: dict[str, dict[str, Any]]) -> str:
+    """What the README says: demonstration, superpixels, ops and steps on the CPU, the same on every GPU."""
+    parts = []
+    if DEMO in stored:
+        parts.append(demo_table(stored[DEMO], DEMO))
+    if OPS in stored:
+        parts += [felzenszwalb_table(stored[OPS], OPS), ops_table(stored[OPS], OPS)]
+    parts.append(gpu_tables(stored))
+    return "\n".join(part for part in parts if part)
+
+
+def fill(path: Path, blocks: dict[str, str]) -> None:
+    """Replace the text between the markers of each block."""
+    text = path.read_text()
+    for name, content in blocks.items():
+        begin, end = MARKERS[name]
+        block = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not block.search(text):
+            raise SystemExit(f"{path}: expected the markers {begin} and {end}")
+        replacement = f"{begin}\n{content}\n{end}"
+        text = block.sub(lambda _, new=replacement: new, text)
+    path.write_text(text)
 
 
 def condense(run: dict[str, Any]) -> dict[str, Any]:
     """Median, quartile range and rounds of every benchmark, with machine, versions and commit."""
-    cpu = run["machine_info"]["cpu"]
+    cpu, entries = run["machine_info"]["cpu"], [dict(item["extra_info"]) for item in run["benchmarks"]]
+    if any(entry.get("smoke") for entry in entries):
+        raise SystemExit("this was a smoke run (SEGCLIP_BENCH_SMOKE=1): its times mean nothing")
+    common: dict[str, Any] = {}
+    for entry in entries:  # the same for all: kept once
+        for name in ("commit", "versions", "device", "device_name", "threads"):
+            if name in entry and "op" in entry:
+                common.setdefault(name, entry.pop(name))
+    gpu = common.get("device") == "cuda"
     return {
-        "command": "pytest benchmarks/ --benchmark-only",
+        "command": "make gpu" if gpu else "pytest benchmarks/ --benchmark-only",
         "commit": commit(),
         "cpu": cpu.get("brand_raw", "unknown"),
         "cores": cpu.get("count"),
         "python": run["machine_info"]["python_version"],
+        **common,
         "benchmarks": [
             {
                 "group": item["group"],
                 "name": item["name"],
-                "median_ms": round(item["stats"]["median"] * 1e3, 3),
-                "iqr_ms": round(item["stats"]["iqr"] * 1e3, 3),
+                "median_ms": round(item["stats"]["median"] * 1e3, 5),
+                "iqr_ms": round(item["stats"]["iqr"] * 1e3, 5),
                 "rounds": item["stats"]["rounds"],
-                **item["extra_info"],
+                **entry,
             }
-            for item in run["benchmarks"]
+            for item, entry in zip(run["benchmarks"], entries, strict=True)
         ],
     }
 
 
-def commit() -> str:
-    """The checkout's commit, marked if the tree has changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def file_name(run: dict[str, Any]) -> str:
+    """Where a condensed run is stored: cpu_ops.json, or the GPU's name."""
+    return f"{slug(run['device_name'])}.json" if run.get("device") == "cuda" else OPS
 
 
 def store(path: Path, values: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n")
-
-
-def demo_table(report: dict[str, Any]) -> str:
-    rows = [
-        f"| {name} | {result['miou']:.3f} | {result['pixel_accuracy']:.3f} |"
-        for name, result in report["results"].items()
-    ]
-    return "\n".join(
-        [
-            f"`make demo`: {report['held_out_images']} held-out pictures, {report['classes']} material names "
-            f"as labels, {report['parameters'] / 1e6:.2f}M parameters, {report['steps']} steps in "
-            f"{report['training_seconds']:.0f} s on {report['threads']} CPU threads "
-            f"([cpu_demo.json](benchmarks/results/{DEMO.name})).",
-            "",
-            "| model | mIoU | pixel accuracy |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def ops_table(run: dict[str, Any]) -> str:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for item in run["benchmarks"]:
-        groups.setdefault(item["group"], []).append(item)
-    rows = []
-    for group, items in groups.items():
-        fastest = min(item["median_ms"] for item in items)
-        rows += [
-            f"| {group} | {item['name'].removeprefix('test_')} | {item['median_ms'] / item['images']:.2f} | "
-            f"{item['median_ms'] / fastest:.2f} |"
-            for item in items
-        ]
-    return "\n".join(
-        [
-            f"`{run['command']}` on {run['cores']} cores of {run['cpu']} "
-            f"([cpu_ops.json](benchmarks/results/{OPS.name})); labels are compared before anything is timed.",
-            "",
-            "| benchmark | implementation | ms per image | over the fastest |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
 
 
 if __name__ == "__main__":

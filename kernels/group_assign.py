@@ -7,7 +7,6 @@ the second time from the last image to the first, so that what is still in the L
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -84,8 +83,10 @@ def assign(
     dots = tl.zeros((ROWS, CENTERS), tl.float32)  # key . (center * gain)
     mean = tl.zeros((ROWS,), tl.float32)
     spread = tl.zeros((ROWS,), tl.float32)  # sum of squared deviations
-    gained = tl.zeros((CENTERS,), tl.float32)  # sum of center * gain
-    biased = tl.zeros((CENTERS,), tl.float32)  # sum of center * bias
+    # Sums of center * gain and center * bias; added up as tiles and reduced once, after the loop (a reduction
+    # carried from turn to turn meets a compiler pass of Triton 3.6 that fails at some sizes).
+    gained = tl.zeros((CENTERS, WIDTH), tl.float32)
+    biased = tl.zeros((CENTERS, WIDTH), tl.float32)
     for g in range(0, D // W):
         column = g * W + i
         x = tile(patches + image * N * D, n, column, inside, within, D)  # (ROWS, WIDTH)
@@ -99,12 +100,13 @@ def assign(
         mean += step / (g + 1.0)
         center = tile(centers + image * L * D, k, column, real, within, D).to(tl.float32)
         scaled = center * vector(key_gain, column, within)[None, :]
-        gained += tl.sum(scaled, axis=1)
-        biased += tl.sum(center * vector(key_bias, column, within)[None, :], axis=1)
+        gained += scaled
+        biased += center * vector(key_bias, column, within)[None, :]
         dots += tl.dot(key, tl.trans(scaled), input_precision=PRECISION)
 
     rstd = 1.0 / tl.sqrt(spread / D + eps)
-    score = rstd[:, None] * (dots - mean[:, None] * gained[None, :]) + biased[None, :]  # (ROWS, CENTERS)
+    score = rstd[:, None] * (dots - mean[:, None] * tl.sum(gained, axis=1)[None, :])  # (ROWS, CENTERS)
+    score += tl.sum(biased, axis=1)[None, :]
     noisy = score
     if NOISE == 1:
         places = (image * L + k[None, :]) * N + n[:, None]
@@ -152,15 +154,15 @@ def pool(
     within = i < W
     column = tl.program_id(0) * W + i
     total = tl.zeros((CENTERS, WIDTH), tl.float32)
-    count = tl.zeros((CENTERS,), tl.float32)
+    counts = tl.zeros((CENTERS, ROWS), tl.float32)
     for block in range(0, BLOCKS):
         n = block * ROWS + tl.arange(0, ROWS)
         inside = n < N
         taken = tile(hard + image * L * N, k, n, real, inside, N)  # (CENTERS, ROWS)
         x = tile(patches + image * N * D, n, column, inside, within, D)
-        count += tl.sum(taken, axis=1)
+        counts += taken
         total += tl.dot(taken.to(x.dtype), x, input_precision=PRECISION)
-    average = total / tl.maximum(count, 1.0)[:, None]
+    average = total / tl.maximum(tl.sum(counts, axis=1), 1.0)[:, None]
     weight = tile(value_weight, column, i, within, within, W).to(tl.float32)  # (out, in)
     value = tl.dot(average, tl.trans(weight), input_precision=PRECISION)
     at = (image * L + k[:, None]) * D + column[None, :]
@@ -214,11 +216,16 @@ def shape_of(N: int, L: int, D: int, W: int, dtype: torch.dtype) -> Shape:
 
 def options(shape: Shape, kernel: Any) -> dict[str, int]:
     """Warps and pipelining depth of a kernel: as many warps as keep its tiles in registers (compile.py)."""
-    name, exact = kernel.__name__, shape.PRECISION == "ieee"
-    if name == "patches_backward":
-        return {"num_warps": 16, "num_stages": 3} if exact else {"num_warps": 4, "num_stages": 2}
-    many = exact and (name in ("assign", "pool") or (name == "centers_backward" and shape.CENTERS > LEAST))
-    return {"num_warps": 8 if many else 4, "num_stages": 2}
+    exact, many = shape.PRECISION == "ieee", shape.CENTERS > LEAST
+    warps, stages = {
+        "assign": (16 if exact else 4, 2),
+        "pool": (8 if exact else 4, 2),
+        "rows_backward": (16 if exact and many else 8 if exact or many else 4, 2),
+        "scores_backward": (4, 2),
+        "patches_backward": (16, 3) if exact else (4, 2),
+        "centers_backward": (8 if exact and many else 4, 2),
+    }[kernel.__name__]
+    return {"num_warps": warps, "num_stages": stages}
 
 
 def parts_of(B: int, groups: int, device: torch.device) -> int:
@@ -228,11 +235,6 @@ def parts_of(B: int, groups: int, device: torch.device) -> int:
     )
     wanted = min(B, max(1, 4 * processors // groups))
     return -(-B // -(-B // wanted))
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch on the device of `tensor`."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def forward(
@@ -263,7 +265,7 @@ def forward(
     noise = patches if noise is None else noise.contiguous()
     logits, hard, soft = maps
     pooled, mean = rows
-    with on_device(patches):
+    with runtime.on_device(patches):
         assign[(-(-N // shape.ROWS), B)](
             centers,
             patches,

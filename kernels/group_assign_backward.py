@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import runtime
-from .group_assign import on_device, options, parts_of, shape_of
+from .group_assign import options, parts_of, shape_of
 from .tiles import tile, vector
 
 
@@ -50,30 +50,31 @@ def rows_backward(
     real = k < L
     i = tl.arange(0, WIDTH)
     within = i < W
-    count = tl.zeros((CENTERS,), tl.float32)
+    counts = tl.zeros((CENTERS, ROWS), tl.float32)
     for block in range(0, BLOCKS):
         n = block * ROWS + tl.arange(0, ROWS)
-        count += tl.sum(tile(hard + image * L * N, k, n, real, n < N, N), axis=1)
+        counts += tile(hard + image * L * N, k, n, real, n < N, N)
+    count = tl.sum(counts, axis=1)
 
-    d_count = tl.zeros((CENTERS,), tl.float32)
-    gained = tl.zeros((CENTERS,), tl.float32)
-    biased = tl.zeros((CENTERS,), tl.float32)
+    lost = tl.zeros((CENTERS, WIDTH), tl.float32)
+    gained = tl.zeros((CENTERS, WIDTH), tl.float32)
+    biased = tl.zeros((CENTERS, WIDTH), tl.float32)
     for g in range(0, D // W):
         column = g * W + i
         upstream = tile(d_pooled + image * L * D, k, column, real, within, D).to(tl.float32)
         weight = tile(value_weight, column, i, within, within, W).to(tl.float32)  # (out, in)
         d_sum = tl.dot(upstream, weight, input_precision=PRECISION) / tl.maximum(count, 1.0)[:, None]
         average = tile(mean + image * L * D, k, column, real, within, D)
-        d_count -= tl.sum(d_sum * average, axis=1)
+        lost += d_sum * average
         center = tile(centers + image * L * D, k, column, real, within, D).to(tl.float32)
-        gained += tl.sum(center * vector(key_gain, column, within)[None, :], axis=1)
-        biased += tl.sum(center * vector(key_bias, column, within)[None, :], axis=1)
+        gained += center * vector(key_gain, column, within)[None, :]
+        biased += center * vector(key_bias, column, within)[None, :]
         at = (image * L + k[:, None]) * D + column[None, :]
         tl.store(d_total + at, d_sum, mask=real[:, None] & within[None, :])
-    d_count = tl.where(count >= 1.0, d_count, 0.0)  # the clamp at 1
+    d_count = tl.where(count >= 1.0, -tl.sum(lost, axis=1), 0.0)  # the clamp at 1
     tl.store(sums + image * 3 * L + k, d_count, mask=real)
-    tl.store(sums + (image * 3 + 1) * L + k, gained, mask=real)
-    tl.store(sums + (image * 3 + 2) * L + k, biased, mask=real)
+    tl.store(sums + (image * 3 + 1) * L + k, tl.sum(gained, axis=1), mask=real)
+    tl.store(sums + (image * 3 + 2) * L + k, tl.sum(biased, axis=1), mask=real)
 
 
 @triton.jit
@@ -254,16 +255,17 @@ def centers_backward(
     for turn in range(0, IMAGES):
         image = (B - 1 - part * IMAGES - turn).to(tl.int64)
         present = image >= 0
-        shift = tl.zeros((CENTERS,), tl.float32)  # sum of d_score mean / deviation
-        score_sum = tl.zeros((CENTERS,), tl.float32)
+        shifts = tl.zeros((CENTERS, ROWS), tl.float32)  # d_score mean / deviation
+        scores = tl.zeros((CENTERS, ROWS), tl.float32)
         for block in range(0, BLOCKS):
             n = block * ROWS + tl.arange(0, ROWS)
             inside = (n < N) & present
             d_score = tile(d_scores + image * L * N, k, n, real, inside, N)  # (CENTERS, ROWS)
-            score_sum += tl.sum(d_score, axis=1)
+            scores += d_score
             rstd = vector(moments + (B + image) * N, n, inside)
             rounded = (d_score * rstd[None, :]).to(half).to(tl.float32)  # as in `gathered`
-            shift += tl.sum(rounded * vector(moments + image * N, n, inside)[None, :], axis=1)
+            shifts += rounded * vector(moments + image * N, n, inside)[None, :]
+        shift, score_sum = tl.sum(shifts, axis=1), tl.sum(scores, axis=1)
         at = (image * L + k[:, None]) * D + column[None, :]
         mask = real[:, None] & within[None, :] & present
         center = tl.load(centers + at, mask=mask, other=0.0).to(tl.float32)
@@ -303,15 +305,12 @@ def backward(
         found: logits, hard, soft, mean, moments, as `forward` returned them.
         tau: the temperature.
     """
-    d_pooled, d_logits, d_hard = (tensor.contiguous() for tensor in grads)
-    centers, patches, key_weight, key_gain, key_bias, value_weight = (
-        tensor.contiguous() for tensor in operands
-    )
+    d_pooled, d_logits, d_hard = (t.contiguous() for t in grads)
+    centers, patches, key_weight, key_gain, key_bias, value_weight = (t.contiguous() for t in operands)
     logits, hard, soft, mean, moments = found
     B, N, D = patches.shape
     L, W = centers.shape[1], key_weight.shape[1]
-    device = patches.device
-    shape = shape_of(N, L, D, W, patches.dtype)
+    device, shape = patches.device, shape_of(N, L, D, W, patches.dtype)
     settings = shape._asdict()
     parts = parts_of(B, D // W, device)
 
@@ -324,7 +323,7 @@ def backward(
     d_patches = empty(B, N, D, dtype=patches.dtype)
     d_key_weight, d_key_affine = empty(parts, D, W), empty(parts, 2, D)
     blocks = -(-N // shape.ROWS)
-    with on_device(patches):
+    with runtime.on_device(patches):
         rows_backward[(B,)](
             d_pooled,
             centers,

@@ -5,6 +5,7 @@ Triton itself is imported by the kernel modules alone, so this module works with
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -62,6 +63,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     then shows.
     """
     return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the device of `tensor`."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def power_of_two(n: int, least: int = 1) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .ops import _autotune, attention, attention_packed, group_assign, superpixel_kl
+from .ops import _autotune, attention, attention_packed, group_assign, linear, superpixel_kl
 from .ops._dispatch import SWITCH, Backend, force, requested
 
 
@@ -59,7 +59,7 @@ def backends(device: torch.device) -> list[Row]:
     """Every back end of every op on `device`, with its reason to refuse."""
     tables: dict[str, tuple[Backend, ...]] = {
         function.__name__: sys.modules[function.__module__].BACKENDS
-        for function in (attention, attention_packed, group_assign, superpixel_kl)
+        for function in (attention, attention_packed, group_assign, linear, superpixel_kl)
     }
     probe = [torch.zeros(1, device=device)]
     rows = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..config import Activation
-from ..ops import attention
+from ..ops import attention, linear
 from ..ops._dispatch import literal
 
 # Who attends to whom: queries, keys and values (..., N, H, D / H) -> (..., N, H, D / H).
@@ -70,13 +70,21 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class Linear(nn.Linear):
+    """Linear layer on `ops.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return linear(x, self.weight, self.bias)
+
+
 class MLP(nn.Module):
     """Two linear layers with an activation between: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width: int, hidden: int, activation: Activation) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,8 +98,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, attend: Attend = attention) -> Tensor:
         """Self-attention (..., N, D) -> (..., N, D)."""
@@ -109,7 +117,7 @@ class Attention(nn.Module):
         query, key, value = (w.unflatten(0, (self.heads, -1)) for w in self.qkv.weight.chunk(3))
         query_bias, _, value_bias = self.qkv.bias.chunk(3)
         scale = query.shape[1] ** -0.5
-        q = F.linear(queries, query.flatten(0, 1), query_bias).unflatten(-1, (self.heads, -1)) * scale
+        q = linear(queries, query.flatten(0, 1), query_bias).unflatten(-1, (self.heads, -1)) * scale
         absorbed = torch.einsum("blhe,hed->bhld", q, key).flatten(1, 2)  # (B, H L, D)
         logits = absorbed @ keys.mT  # (B, H L, N)
         weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -121,8 +129,8 @@ class Attention(nn.Module):
     def _cross_literal(self, queries: Tensor, keys: Tensor) -> Tensor:
         width = queries.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(queries, weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))
-        kv = F.linear(keys, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
+        q = linear(queries, weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))
+        kv = linear(keys, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
         return self.proj(attention(q, kv[:, :, 0], kv[:, :, 1]).flatten(2))
 
 

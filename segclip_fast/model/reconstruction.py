@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SegCLIPConfig
-from .layers import Block, LayerNorm, quick_gelu
+from .layers import Block, LayerNorm, Linear, quick_gelu
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Reconstruction(nn.Module):
         super().__init__()
         vision, settings = config.vision, config.reconstruction
         centers, width, hidden = config.grouping.centers, vision.width, settings.decoder_width
-        self.mix = nn.Linear(centers, centers)
+        self.mix = Linear(centers, centers)
         self.blocks = nn.ModuleList(
             Block(width, vision.heads, vision.mlp_ratio, vision.activation)
             for _ in range(vision.layers - vision.group_after)
         )
-        self.embed = nn.Linear(width, hidden)
+        self.embed = Linear(width, hidden)
         self.mask_token = nn.Parameter(torch.empty(hidden))
         self.register_buffer("positions", sincos_positions(vision.grid, hidden), persistent=False)
         self.decoder = nn.ModuleList(
@@ -63,7 +63,7 @@ class Reconstruction(nn.Module):
             for _ in range(settings.decoder_layers)
         )
         self.norm = LayerNorm(hidden, eps=1e-6)
-        self.predict = nn.Linear(hidden, 3 * vision.patch_size**2)
+        self.predict = Linear(hidden, 3 * vision.patch_size**2)
 
     def forward(self, regions: Tensor, hard: Tensor, masking: Masking) -> Tensor:
         """Predicted pixels of every patch.

@@ -1,0 +1,1 @@
+"""How the benchmarks measure: inputs, gate, timing, memory, counts, and the rivals that are compared."""

@@ -1,0 +1,208 @@
+"""The benchmarks' report: what is kept of a run, the tables made of it, `make gpu` without a GPU."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("needs the repository", allow_module_level=True)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+from harness import machine  # noqa: E402
+from reporting import (  # noqa: E402
+    performance,
+    rows,
+)
+
+
+def entry(op, rival, median, direction="forward_backward", dtype="fp32", B=96, **facts):
+    size = f"B {B}"
+    return {
+        "group": f"{op}, {size}, {dtype}",
+        "name": f"test_{op}[{rival}]",
+        "stats": {"median": median / 1e3, "iqr": 0.0, "rounds": 5},
+        "extra_info": {
+            **{
+                "op": op,
+                "size": size,
+                "shape": {"B": B},
+                "dtype": dtype,
+                "direction": direction,
+                "rival": rival,
+            },
+            **{"device": "cuda", "device_name": "NVIDIA H200", "commit": "abc", "threads": 2, "smoke": False},
+            "versions": {"torch": "2.11.0", "triton": "3.6.0", "xformers": None},
+            "absent": {},
+            "peak_bytes": 5_000_000,
+            **facts,
+        },
+    }
+
+
+def fake_run(device="cuda"):
+    floor = {"floor_bytes": 4e6, "floor_operations": 1e9}
+    benchmarks = [
+        entry("copy", "device", 1.0, "forward", floor_bytes=4e9, floor_operations=0),
+        entry("product", "device", 1.0, "forward", floor_bytes=1, floor_operations=5e10),
+        entry("group_assign", "reference", 8.0, **floor, moved_bytes=9e7, absent={"triton": "refused"}),
+        entry("group_assign", "compiled", 4.0, **floor),
+        entry("group_assign", "fast", 2.0, **floor, replay_ms=0.002),
+        entry("superpixel_kl", "reference", 3.0, **floor, absent={"triton": "auto takes triton"}),
+        entry("superpixel_kl", "compiled", 1.0, **floor),
+        entry("superpixel_kl", "fast", 1.5, **floor),
+        entry("superpixel_kl", "triton", 1.7, **floor),
+        entry("training step", "reference", 700.0, "step"),
+        entry("training step", "fast", 100.0, "step", dtype="bf16"),
+        entry("attention", "reference", 5.0, "forward", **floor),
+    ]
+    run = {"machine_info": {"cpu": {"brand_raw": "A CPU", "count": 2}, "python_version": "3.12.3"}}
+    run["benchmarks"] = benchmarks
+    for item in benchmarks:
+        item["extra_info"]["device"] = device
+    return run
+
+
+def test_a_run_is_condensed_under_its_gpus_name(tmp_path):
+    run = report.condense(fake_run())
+    assert report.file_name(run) == "nvidia-h200.json"
+    assert run["command"] == "make gpu"
+    assert run["versions"]["torch"] == "2.11.0"
+    assert run["benchmarks"][2]["median_ms"] == 8.0
+    assert "versions" not in run["benchmarks"][2]
+    assert report.file_name(report.condense(fake_run("cpu"))) == report.OPS
+    report.store(tmp_path / "results/x.json", run)
+    assert report.load(tmp_path / "results") == {"x.json": run}
+
+
+def test_a_smoke_run_is_refused():
+    run = fake_run()
+    run["benchmarks"][0]["extra_info"]["smoke"] = True
+    with pytest.raises(SystemExit, match="smoke run"):
+        report.condense(run)
+
+
+def test_readme_tables_of_a_gpu():
+    text = report.readme_tables({"nvidia-h200.json": report.condense(fake_run())})
+    assert "| group_assign | B 96, fp32 | 8.00 | 4.00 | 2.00 | 4.00x (2.00x) | 5.00 / 5.00 | 50% |" in text
+    assert "**Loses to the compiled reference**: superpixel_kl (B 96, fp32, forward + backward)" in text
+    assert (
+        "Not used by `auto`: superpixel_kl (B 96, fp32, forward + backward), triton 1.70 ms against 1.50"
+        in text
+    )
+    assert "fast in bf16 is 7.00x the eager reference in fp32" in text
+    assert "triton not run, group_assign: refused" in text
+    assert "auto takes" not in text
+    assert "| attention" not in text  # forward only: on the page, not in the README
+    assert "unproven" not in text
+
+
+def test_readme_tables_without_a_gpu_say_so():
+    text = report.readme_tables({report.OPS: report.condense(fake_run("cpu"))})
+    assert "of copy bandwidth" not in text
+    assert text.rstrip().endswith("unproven so far (`make gpu` measures it).")
+    assert "unproven" in report.readme_tables({})
+
+
+def test_performance_tables():
+    counted = [
+        {"path": path, "of": of, "part": "text tower", "kind": kind, "count": number * 1e9}
+        for path, number in (("reference", 6), ("fast", 3))
+        for of in ("forward", "backward", "inference")
+        for kind in ("products", "attention")
+    ]
+    operations = {"command": "c", "model": "ViT-B/16", "pairs": 16, "parameters": 1e6, "commit": "abc"}
+    operations |= {"versions": {"torch": "2.10"}, "counts": counted}
+    text = performance.operations_table(operations)
+    assert "| text tower | 12.0 | 6.00 | 2.00x | 12.0 | 6.00 | 2.00x |" in text
+    assert "| forward + backward | 24.0 | 12.0 | 2.00x |" in text
+    stored = {"nvidia-h200.json": report.condense(fake_run()), "operations.json": operations}
+    text = performance.floor_tables(stored)
+    assert "### NVIDIA H200" in text
+    # 1e9 operations at 5e13 per second: 0.02 ms, above 4e6 bytes at 4e12 per second
+    assert "| group_assign | B 96, fp32 | forward + backward | 4.00 | 1.00 | 90.0 | 0.02 |" in text
+    assert "| attention | B 96, fp32 | forward |" in text
+    assert performance.floor_tables({}).startswith("Not measured yet")
+    assert performance.operations_table(None).startswith("Not counted yet")
+
+
+def test_report_fills_between_the_markers(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(fake_run()))
+    readme, page = tmp_path / "README.md", tmp_path / "performance.md"
+    readme.write_text("before\n" + "\nold\n".join(report.MARKERS["results"]) + "\nafter\n")
+    page.write_text("\n".join([*report.MARKERS["operations"], *report.MARKERS["floors"]]))
+    command = [sys.executable, ROOT / "benchmarks/report.py", "--benchmarks", tmp_path / "run.json"]
+    command += ["--readme", readme, "--performance", page, "--results", tmp_path / "results"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "group_assign" in text
+    assert "### NVIDIA H200" in page.read_text()
+    assert (tmp_path / "results/nvidia-h200.json").exists()
+    readme.write_text("no markers")
+    assert subprocess.run(command, check=False, cwd=tmp_path, capture_output=True).returncode != 0
+
+
+def test_the_pages_have_their_markers():
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/performance.md").read_text()
+    assert all(marker in readme for marker in report.MARKERS["results"])
+    assert all(marker in page for name in ("operations", "floors") for marker in report.MARKERS[name])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0, "0"),
+        (1234.5, "1234"),
+        (123.4, "123"),
+        (12.34, "12.3"),
+        (1.234, "1.23"),
+        (0.01234, "0.0123"),
+    ],
+)
+def test_figures_have_three_digits(value, text):
+    assert rows.figure(value) == text
+
+
+def test_stored_runs_can_be_shown():
+    stored = report.load(report.RESULTS)
+    before = copy.deepcopy(stored)
+    assert report.readme_tables(stored)
+    assert performance.floor_tables(stored)
+    assert stored == before
+
+
+# --- machine
+
+
+def test_commit_without_git(monkeypatch):
+    def fails(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.subprocess, "run", fails)
+    monkeypatch.setenv("COMMIT", "given")
+    assert machine.commit() == "given"
+    monkeypatch.delenv("COMMIT")
+    assert machine.commit() == "unknown"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_gpu_stops_before_building_and_says_why(tmp_path):
+    command = ["make", "-C", str(ROOT), "gpu", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "make gpu: no CUDA device" in done.stderr
+    assert "pip install" not in done.stdout

@@ -11,11 +11,13 @@ import functools
 
 import pytest
 import torch
-from harness.models import RIVALS, batch, model, step_rival
+from harness.models import PLAIN, batch, model, step_rival
+from harness.models import RIVALS as PATHS
 from harness.rivals import Plan, compare, enter, timed
 from harness.settings import CUDA, PRECISIONS, SMOKE
 
 pytestmark = timed
+RIVALS = PATHS if CUDA else (*PATHS, PLAIN)
 BATCHES = (96, 256) if CUDA else (2,) if SMOKE else (8,)
 KINDS = ("step", "step with AdamW") if CUDA else ("step",)
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2}

@@ -348,3 +348,10 @@ def test_on_gpu_choice_names_the_usual_kernels():
     assert {"efficient", "math"} <= set(choice.milliseconds)
     assert choice.winner.name in choice.milliseconds
     assert not [reason for reason in choice.reasons.values() if reason.startswith("wrong")]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck(causal):
+    inputs = [torch.randn(1, 4, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    for function in (attention, attention_ref):
+        assert torch.autograd.gradcheck(lambda *x, f=function: f(*x, causal=causal), inputs)

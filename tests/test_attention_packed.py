@@ -277,3 +277,10 @@ def test_on_gpu_does_not_wait_for_the_device():
         attention_packed(*qkv, starts, 77, causal=True, lengths=lengths)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_gradcheck():
+    inputs = [torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    for function in (attention_packed, attention_packed_ref):
+        assert torch.autograd.gradcheck(lambda *x, f=function: f(*x, starts, 3, causal=True), inputs)

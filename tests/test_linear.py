@@ -87,4 +87,6 @@ def test_reasons():
     x, weight = torch.zeros(LEAST, 1), torch.zeros(1, 1)
     assert "float64" in why_not_onednn(x.double(), weight.double())
     assert "at least" in why_not_onednn(x[:-1], weight)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert why_not_onednn(x, weight) is not None
     assert "on meta" in why_not_onednn(x.to("meta"), weight)

@@ -307,3 +307,51 @@ def test_bad_config(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=name.replace("__", ".") + ": expected"):
         small_config(**changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_step_on_cuda_waits_for_nothing_and_equals_the_reference(where):
+    """Any call that would wait for the device raises; tokens on the host are packed, on the device padded."""
+    model = small_model().cuda()
+    images, given, superpixels = batch(model)
+    images, tokens, superpixels = images.cuda(), given.cuda(), superpixels.cuda()
+    given = given.to(where)
+    noise = model.draw_noise(images)
+    model(images, given, superpixels, noise).total.backward()  # attention kernels are timed here
+    expected = SegCLIP(small_config(), backend="reference").cuda()
+    expected.load_state_dict(model.state_dict())
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        model.zero_grad()
+        losses = model(images, given, superpixels, noise)
+        losses.total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    reference = expected(images, tokens, superpixels, noise)
+    reference.total.backward()
+    assert_close("total", losses.total, reference.total, 1e-4)
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        if q.grad is not None and q.grad.abs().max() > 1e-6:
+            assert_close(name, p.grad, q.grad, 1e-2)
+
+
+@pytest.mark.gpu
+def test_step_in_a_cuda_graph():
+    model = small_model().cuda()
+    inputs = [x.cuda() for x in batch(model)]
+    noise = model.draw_noise(inputs[0])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model.zero_grad(set_to_none=True)
+            expected = model(*inputs, noise).total
+            expected.backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = model(*inputs, noise).total
+        total.backward()
+    graph.replay()
+    assert_close("total", total, expected, 1e-4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,8 @@ from segclip_fast import Noise, SegCLIP, SegCLIPConfig
 from segclip_fast.ops._dispatch import force
 
 RIVALS = ("reference", "compiled", "fast", "fast compiled")
-SCOPES = {"reference": "reference", "compiled": "reference", "fast": "auto", "fast compiled": "auto"}
+PLAIN = "fast without oneDNN"  # on the CPU: what the algebra alone is worth
+SCOPES = {"reference": "reference", "compiled": "reference"}  # the others: auto
 MARGINS = {"fp32": 0.1, "bf16": 2.0}  # least lead of a patch's best center over its second
 
 
@@ -34,7 +37,7 @@ class Batch:
 
     def arguments(self, rival: str) -> tuple[Any, ...]:
         """Arguments of a step; captions where the rival wants them: the fast path packs on the host."""
-        captions = self.tokens if rival == "fast" else self.tokens.to(self.images.device)
+        captions = self.tokens if rival in ("fast", PLAIN) else self.tokens.to(self.images.device)
         return self.images, captions, self.superpixels, self.noise
 
 
@@ -117,10 +120,22 @@ def entry_point(rival: str, precision: str, function: Callable[..., Any]) -> Cal
         function = torch.compile(function, dynamic=False)
 
     def run(*arguments: Any) -> Any:
-        with force(SCOPES[rival]), autocast(precision):
+        scope = without_onednn() if rival == PLAIN else contextlib.nullcontext()
+        with force(SCOPES.get(rival, "auto")), autocast(precision), scope:
             return function(*arguments)
 
     return run
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """`ops.linear` takes PyTorch's own product for every size."""
+    module = importlib.import_module("segclip_fast.ops.linear")
+    least, module.LEAST = module.LEAST, 2**62
+    try:
+        yield
+    finally:
+        module.LEAST = least
 
 
 def graph_breaks() -> dict[str, Any]:

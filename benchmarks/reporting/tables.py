@@ -114,7 +114,12 @@ def notes(rows: list[Row]) -> list[str]:
             if fast is not None and rival is not None and fast > rival:
                 times = f"{figure(fast)} ms against {figure(rival)} ms"
                 lines[f"**Loses to {RIVALS[name]}**: {row.words()}, {times}"] = None
-        for name in row.rivals.keys() - {*RIVALS, "fast compiled"}:
+        if "fast without oneDNN" in row.rivals:
+            times = f"{figure(row.ms('fast without oneDNN'))} ms"
+            lines[
+                f"The fast path with PyTorch's own products instead of oneDNN's: {row.words()}, {times}"
+            ] = None
+        for name in row.rivals.keys() - {*RIVALS, "fast compiled", "fast without oneDNN"}:
             times = f"{name} {figure(row.ms(name))} ms against {figure(fast)} ms"
             lines[f"Not used by `auto`: {row.words()}, {times}"] = None
         if "fast compiled" in row.rivals:

@@ -55,6 +55,8 @@ def why_not_onednn(x: Tensor, weight: Tensor) -> str | None:
         return f"for at least {LEAST} multiplications, got {x.numel() * weight.shape[0]}"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return "this PyTorch has no oneDNN"
+    if not torch._C._get_mkldnn_enabled():
+        return "torch.backends.mkldnn is switched off"
     return None
 
 

@@ -22,7 +22,13 @@ from segclip_fast.ops._dispatch import force
 
 RIVALS = ("reference", "compiled", "fast", "fast compiled")
 PLAIN = "fast without oneDNN"  # on the CPU: what the algebra alone is worth
-SCOPES = {"reference": "reference", "compiled": "reference"}  # the others: auto
+SCOPES = {
+    "reference": "reference",
+    "compiled": "reference",
+    "fast": "auto",
+    "fast compiled": "auto",
+    PLAIN: "auto",
+}
 MARGINS = {"fp32": 0.1, "bf16": 2.0}  # least lead of a patch's best center over its second
 
 
@@ -121,7 +127,7 @@ def entry_point(rival: str, precision: str, function: Callable[..., Any]) -> Cal
 
     def run(*arguments: Any) -> Any:
         scope = without_onednn() if rival == PLAIN else contextlib.nullcontext()
-        with force(SCOPES.get(rival, "auto")), autocast(precision), scope:
+        with force(SCOPES[rival]), autocast(precision), scope:
             return function(*arguments)
 
     return run

@@ -44,6 +44,16 @@ def accept(_: Sequence[Tensor]) -> str | None:
     return None
 
 
+def refuse_triton(tensors: Sequence[Tensor]) -> str | None:
+    """Why no Triton kernel takes `tensors` here, or None; what one kernel cannot do is for it to say."""
+    from ..kernels import runtime
+
+    reason = runtime.unavailable(tensors)
+    if reason is None and not tensors[0].is_cuda and requested() != "triton":
+        return "on the CPU it is interpreted, far slower than fused: only by request"
+    return reason
+
+
 def requested() -> str:
     """The backend asked for: the innermost `force`, else the environment switch, else auto."""
     choice = _forced[-1] if _forced else os.environ.get(SWITCH, "auto")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import group_assign_fused
-from ._dispatch import Backend, accept, requested, select
+from ._dispatch import Backend, accept, refuse_triton, select
 from .group_assign_fused import EPS
 from .gumbel import gumbel
 
@@ -269,15 +269,9 @@ torch.library.register_autograd(
 
 
 def _refuse_triton(tensors: Sequence[Tensor]) -> str | None:
-    from ..kernels import runtime
-
-    reason = runtime.unavailable(tensors)
-    if reason is not None:
+    reason = refuse_triton(tensors)
+    if reason is not None or len(tensors) == 1:  # one tensor: asked in general, by `segclip_fast.info`
         return reason
-    if not tensors[0].is_cuda and requested() != "triton":
-        return "on the CPU it is interpreted, far slower than fused: only by request"
-    if len(tensors) < 3:  # asked in general, as `segclip_fast.info` does
-        return None
     from ..kernels.group_assign import refuse
 
     centers, _, key_weight, *_ = tensors

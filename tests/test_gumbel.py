@@ -86,6 +86,17 @@ def test_drawn_seeds_follow_the_generator():
     assert not torch.equal(first, other)
 
 
+def test_opcheck():
+    torch.library.opcheck(torch.ops.segclip_fast.gumbel, (torch.tensor([3, 4]), 2, 5, 7))
+
+
+def test_a_compiler_changes_nothing():
+    """Seen: Inductor's own code for the integer arithmetic gave other noise, at sizes that are vectorised."""
+    seed = torch.tensor([2**62 - 5, 2**61 + 77])
+    compiled = torch.compile(lambda s: gumbel(s, 3, 8, 49) + 1.0, fullgraph=True)
+    assert torch.equal(compiled(seed), gumbel(seed, 3, 8, 49) + 1.0)
+
+
 def test_bad_seed():
     with pytest.raises(ValueError, match=r"seed: expected \(2,\) int64, got \(3,\)"):
         gumbel(torch.zeros(3, dtype=torch.int64), 1, 1, 1)

@@ -167,8 +167,15 @@ def test_text_after_the_end_token_is_ignored():
     torch.testing.assert_close(model.encode_text(tokens[:, :5]), model.encode_text(tokens))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [
+        ("auto", "aot_eager"),
+        ("auto", "inductor"),
+        ("reference", "aot_eager"),
+        pytest.param("reference", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_without_a_break(backend, compiler):
     """Training step and inference. No break also means that nothing waits for the device."""
     torch._dynamo.reset()

@@ -108,10 +108,10 @@ def assign(
     score = rstd[:, None] * (dots - mean[:, None] * tl.sum(gained, axis=1)[None, :])  # (ROWS, CENTERS)
     score += tl.sum(biased, axis=1)[None, :]
     noisy = score
-    if NOISE == 1:
+    if NOISE == 1:  # GIVEN_NOISE
         places = (image * L + k[None, :]) * N + n[:, None]
         noisy += tl.load(noise + places, mask=inside[:, None] & real[None, :], other=0.0).to(tl.float32)
-    if NOISE == 2:
+    if NOISE == 2:  # COUNTER_NOISE
         row = (tl.program_id(1) * N + n).to(tl.int32)
         noisy += gumbel_tile(tl.load(noise), tl.load(noise + 1), row, (L + 3) // 4, CENTERS)
     noisy = tl.where(real[None, :], noisy / tau, float("-inf"))
@@ -180,6 +180,8 @@ def refuse(L: int, W: int) -> str | None:
         return f"takes at most {MAX_CENTERS} centers, got {L}"
     if W > MAX_GROUP_WIDTH:
         return f"takes groups of at most {MAX_GROUP_WIDTH} channels, got {W}"
+    if W > MAX_GROUP_WIDTH // 2 and L > LEAST:  # the tiles would not fit into the shared memory of sm_80
+        return f"takes {L} centers with groups of at most {MAX_GROUP_WIDTH // 2} channels, got {W}"
     return None
 
 
@@ -252,8 +254,8 @@ def forward(
 
     noise: (B, L, N) Gumbel noise, (2,) int64 key and call of the counter-based noise, or None.
     """
-    centers, patches, key_weight, value_weight = (
-        tensor.contiguous() for tensor in (centers, patches, key_weight, value_weight)
+    centers, patches, key_weight, key_gain, key_bias, value_weight = (
+        t.contiguous() for t in (centers, patches, key_weight, key_gain, key_bias, value_weight)
     )
     B, N, D = patches.shape
     L = centers.shape[1]
@@ -313,7 +315,8 @@ def variants() -> Iterator[Variant]:
         (196, 64, 768, 64),
         (196, 10, 1024, 64),
         (64, 8, 96, 24),
-        (1, 1, 64, 128 // 8),
+        (196, 16, 1024, 128),
+        (1, 1, 64, 16),
     ]
     for N, L, D, W in cases:
         for dtype, name in FLOATS.items():

@@ -155,13 +155,18 @@ def test_sampling_follows_softmax():
     assert statistic < 18.5, statistic  # 4 degrees of freedom, p = 0.001
 
 
-def test_refusals_name_the_limit():
-    for case, message in (
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
         ((1, 4, 65, 64, 16), "at most 64 centers, got 65"),
-        ((1, 4, 2, 256, 256), "got 256"),
-    ):
-        with force("triton"), pytest.raises(RuntimeError, match=message):
-            group_assign(*inputs(*case))
+        ((1, 4, 2, 256, 256), "groups of at most 128 channels, got 256"),
+        ((1, 4, 17, 128, 128), "takes 17 centers with groups of at most 64 channels, got 128"),
+    ],
+    ids=str,
+)
+def test_refusals_name_the_limit(case, message):
+    with force("triton"), pytest.raises(RuntimeError, match=message):
+        group_assign(*inputs(*case))
 
 
 def test_auto_does_not_interpret():

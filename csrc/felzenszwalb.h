@@ -1,7 +1,8 @@
-// Efficient graph-based image segmentation (Felzenszwalb and Huttenlocher, IJCV 2004) in float64.
+// Efficient graph-based image segmentation (Felzenszwalb and Huttenlocher, IJCV 2004).
 //
-// Label for label equal to scikit-image's `felzenszwalb` when its argsort is stable: same order of
-// floating-point operations, same rounding of the merge threshold, ties broken by the edge index. Must be
+// In float64 label for label equal to scikit-image's `felzenszwalb` when its argsort is stable: same order of
+// floating-point operations, same rounding of the merge threshold, ties broken by the edge index. In float32
+// the same operations in the same order up to the edge weights; merging is in float64 either way. Must be
 // compiled without contraction into fused multiply-adds (-ffp-contract=off).
 #pragma once
 
@@ -22,9 +23,10 @@ struct ImageBatch {
 };
 
 struct FelzenszwalbParams {
-  double scale = 1.0;        // larger: fewer, larger segments
-  int64_t min_size = 20;     // smaller segments are joined to a neighbour
-  std::vector<double> taps;  // right half of the Gaussian, taps[0] at the centre; empty: no blur
+  double scale = 1.0;             // larger: fewer, larger segments
+  int64_t min_size = 20;          // smaller segments are joined to a neighbour
+  std::vector<double> taps;       // right half of the Gaussian, taps[0] at the centre; empty: no blur
+  bool single_precision = false;  // pixels, blur (with the taps rounded) and edge weights in float32
 };
 
 // Pixel count up to which an edge fits in 32 bits (2 for the direction, 30 for the pixel).
@@ -35,7 +37,8 @@ std::vector<double> gaussian_taps(double sigma);
 
 // Segments every image; labels is (batch, height, width), contiguous, numbered by first appearance in raster
 // order. One image per thread; threads = 0 uses every core this process may run on. Throws
-// std::invalid_argument for impossible sizes and std::bad_alloc; an exception in any thread is rethrown here.
+// std::invalid_argument for impossible sizes, std::domain_error for NaN or infinity (in float32 also for what
+// does not fit) and std::bad_alloc; an exception in any thread is rethrown here.
 void felzenszwalb(const ImageBatch& images, const FelzenszwalbParams& params, int threads, int32_t* labels);
 
 }  // namespace segclip

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <utility>
 
 #include "felzenszwalb_internal.h"
 
@@ -12,70 +13,89 @@ constexpr int kBuckets = 1 << kDigitBits;
 
 using Histogram = std::array<uint32_t, kBuckets>;
 
+template <typename Bits>
+uint32_t digit(Bits bits, int shift) {
+  return static_cast<uint32_t>(bits >> shift) & (kBuckets - 1);
+}
+
 void to_offsets(Histogram& histogram) {
   uint32_t total = 0;
   for (uint32_t& count : histogram) total += std::exchange(count, total);
 }
 
+// ---- float64: keys of 32 bits, and all 64 where these are not enough
+
 // Full radix sort on all 64 bits of the weight, for images whose weights crowd together.
-void sort_wide(const Image& image, Workspace& ws) {
-  ws.wide.clear();
-  for_each_edge(image, ws.weights, [&](uint64_t bits, Code code) { ws.wide.emplace_back(bits, code); });
-  ws.wide_spare.resize(ws.wide.size());
+void sort_wide(const Image& image, Workspace<double>& ws) {
+  const size_t edges = image.edges();
+  WideRecord *from = ws.wide.at_least(edges), *to = ws.wide_spare.at_least(edges);
+  WideRecord* end = from;
+  for_each_edge(image, ws.weights.data(), [&](uint64_t bits, Code code) { *end++ = {bits, code}; });
   for (int shift = 0; shift < 64; shift += kDigitBits) {
     Histogram offsets{};
-    for (const auto& edge : ws.wide) ++offsets[edge.first >> shift & (kBuckets - 1)];
-    if (std::find(offsets.begin(), offsets.end(), ws.wide.size()) != offsets.end())
-      continue;  // one digit only
+    for (size_t i = 0; i < edges; ++i) ++offsets[digit(from[i].bits, shift)];
+    if (std::find(offsets.begin(), offsets.end(), edges) != offsets.end()) continue;  // one digit only
     to_offsets(offsets);
-    for (const auto& edge : ws.wide) ws.wide_spare[offsets[edge.first >> shift & (kBuckets - 1)]++] = edge;
-    ws.wide.swap(ws.wide_spare);
+    for (size_t i = 0; i < edges; ++i) to[offsets[digit(from[i].bits, shift)]++] = from[i];
+    std::swap(from, to);
   }
-  ws.order.clear();
-  for (const auto& edge : ws.wide) ws.order.push_back(edge.second);
+  Code* order = ws.order.data();
+  for (size_t i = 0; i < edges; ++i) order[i] = from[i].code;
 }
+
+struct Split {  // number of edges of each kind
+  size_t zero = 0, wide = 0, keyed = 0;
+};
 
 // Splits the edges: `records` gets (32-bit key << 32 | code) of those within 16 binades below the largest
-// weight, in code order; smaller non-zero ones go to `wide`; zeros, already in order, go to `order`.
-void make_records(const Image& image, Workspace& ws, Histogram& low, Histogram& high) {
+// weight, sorted by the lower half of the upper 22 key bits; smaller non-zero ones go to `wide`; zeros,
+// already in order, go to `order`. `high` counts the upper digit. Nothing is sorted if too many are wide.
+Split make_records(const Image& image, Workspace<double>& ws, Histogram& high) {
+  const double* weights = ws.weights.data();
   uint64_t largest = 0;
-  for_each_edge(image, ws.weights, [&](uint64_t bits, Code) { largest = std::max(largest, bits); });
+  for_each_edge(image, weights, [&](uint64_t bits, Code) { largest = std::max(largest, bits); });
   const uint64_t base = (std::max<uint64_t>(largest >> 52, 16) - 15) << 52;
-  ws.order.clear();
-  ws.wide.clear();
-  ws.records.resize(4 * image.pixels);
-  uint64_t* out = ws.records.data();
-  for_each_edge(image, ws.weights, [&](uint64_t bits, Code code) {
+  const auto key_of = [base](uint64_t bits) {
+    return (bits - base) >> 24;
+  };  // 4 bits of exponent, 28 of the rest
+  Histogram low{};
+  Split split;
+  for_each_edge(image, weights, [&](uint64_t bits, Code) {
     if (bits >= base) {
-      const uint64_t key = (bits - base) >> 24;  // 4 bits of exponent, 28 of the fraction
-      ++low[key >> 10 & (kBuckets - 1)];
-      ++high[key >> 21];
-      *out++ = key << 32 | code;
-    } else if (bits == 0) {
-      ws.order.push_back(code);
+      ++low[digit(key_of(bits), 10)];
+      ++high[digit(key_of(bits), 21)];
+      ++split.keyed;
     } else {
-      ws.wide.emplace_back(bits, code);
+      ++(bits == 0 ? split.zero : split.wide);
     }
   });
-  ws.records.resize(out - ws.records.data());
-}
-
-void scatter(const std::vector<uint64_t>& from, std::vector<uint64_t>& to, int shift, Histogram& offsets) {
-  to.resize(from.size());
-  for (const uint64_t record : from) to[offsets[record >> shift & (kBuckets - 1)]++] = record;
+  if (split.wide > image.edges() / 16) return split;
+  to_offsets(low);
+  Code* zero = ws.order.data();
+  WideRecord* wide = ws.wide.at_least(split.wide);
+  uint64_t* records = ws.records.at_least(split.keyed);
+  for_each_edge(image, weights, [&](uint64_t bits, Code code) {
+    if (bits >= base) {
+      records[low[digit(key_of(bits), 10)]++] = key_of(bits) << 32 | code;
+    } else if (bits == 0) {
+      *zero++ = code;
+    } else {
+      *wide++ = {bits, code};
+    }
+  });
+  return split;
 }
 
 // Insertion pass over records sorted by the upper 22 bits of their key. False when it moved more than
 // `budget`.
-bool fix_up(std::vector<uint64_t>& records, const std::vector<double>& weights, int64_t pixels,
-            int64_t budget) {
+bool fix_up(uint64_t* records, size_t count, const double* weights, int64_t pixels, int64_t budget) {
   const auto greater = [&](uint64_t a, uint64_t b) {
     const uint64_t key_a = a >> 32, key_b = b >> 32;
     if (key_a != key_b) return key_a > key_b;
     return weight_of(static_cast<Code>(a), weights, pixels) >
            weight_of(static_cast<Code>(b), weights, pixels);
   };
-  for (size_t i = 1; i < records.size(); ++i) {
+  for (size_t i = 1; i < count; ++i) {
     const uint64_t record = records[i];
     if (!greater(records[i - 1], record)) continue;
     size_t j = i;
@@ -91,19 +111,49 @@ bool fix_up(std::vector<uint64_t>& records, const std::vector<double>& weights, 
 }  // namespace
 
 // Two stable 11-bit passes and an insertion pass sort almost every image; else all bits are sorted.
-void sort_edges(const Image& image, Workspace& ws) {
-  Histogram low{}, high{};
-  make_records(image, ws, low, high);
-  const int64_t edges = static_cast<int64_t>(ws.records.size() + ws.order.size() + ws.wide.size());
-  if (static_cast<int64_t>(ws.wide.size()) > edges / 16) return sort_wide(image, ws);
-  to_offsets(low);
+void sort_edges(const Image& image, Workspace<double>& ws) {
+  const size_t edges = image.edges();
+  Code* order = ws.order.at_least(edges);
+  Histogram high{};
+  const Split split = make_records(image, ws, high);
+  if (split.wide > edges / 16) return sort_wide(image, ws);
   to_offsets(high);
-  scatter(ws.records, ws.spare, 42, low);
-  scatter(ws.spare, ws.records, 53, high);
-  if (!fix_up(ws.records, ws.weights, image.pixels, edges / 2)) return sort_wide(image, ws);
-  std::sort(ws.wide.begin(), ws.wide.end());
-  for (const auto& edge : ws.wide) ws.order.push_back(edge.second);
-  for (const uint64_t record : ws.records) ws.order.push_back(static_cast<Code>(record));
+  const uint64_t* records = ws.records.data();
+  uint64_t* sorted = ws.spare.at_least(split.keyed);
+  for (size_t i = 0; i < split.keyed; ++i) sorted[high[records[i] >> 53]++] = records[i];
+  if (!fix_up(sorted, split.keyed, ws.weights.data(), image.pixels, edges / 2)) return sort_wide(image, ws);
+  WideRecord* wide = ws.wide.data();
+  std::sort(wide, wide + split.wide, [](const WideRecord& a, const WideRecord& b) {
+    return a.bits != b.bits ? a.bits < b.bits : a.code < b.code;
+  });
+  order += split.zero;
+  for (size_t i = 0; i < split.wide; ++i) *order++ = wide[i].code;
+  for (size_t i = 0; i < split.keyed; ++i) *order++ = static_cast<Code>(sorted[i]);
+}
+
+// ---- float32: the weight is the key
+
+// Three stable passes over all 32 bits; the first one reads the weights, the last one writes the codes.
+void sort_edges(const Image& image, Workspace<float>& ws) {
+  const size_t edges = image.edges();
+  const float* weights = ws.weights.data();
+  uint64_t *first = ws.records.at_least(edges), *second = ws.spare.at_least(edges);
+  Code* order = ws.order.at_least(edges);
+  Histogram low{}, middle{}, high{};
+  for_each_edge(image, weights, [&](uint32_t bits, Code) {
+    ++low[digit(bits, 0)];
+    ++middle[digit(bits, kDigitBits)];
+    ++high[digit(bits, 2 * kDigitBits)];
+  });
+  to_offsets(low);
+  to_offsets(middle);
+  to_offsets(high);
+  for_each_edge(image, weights, [&](uint32_t bits, Code code) {
+    first[low[digit(bits, 0)]++] = uint64_t{bits} << 32 | code;
+  });
+  for (size_t i = 0; i < edges; ++i) second[middle[digit(first[i] >> 32, kDigitBits)]++] = first[i];
+  for (size_t i = 0; i < edges; ++i)
+    order[high[digit(second[i] >> 32, 2 * kDigitBits)]++] = static_cast<Code>(second[i]);
 }
 
 }  // namespace segclip::detail

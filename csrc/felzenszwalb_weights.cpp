@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <type_traits>
 
 #include "felzenszwalb_internal.h"
@@ -16,55 +18,78 @@ namespace detail {
 
 // out[x] = center[x] * taps[0] + sum over j = radius .. 1 of (before[j][x] + after[j][x]) * taps[j], in this
 // order. `out` overlaps none of the inputs.
-SEGCLIP_MULTIVERSION void correlate(double* __restrict out, const double* center, const double* const* before,
-                                    const double* const* after, const double* taps, int radius,
-                                    int64_t count) {
+template <typename Real>
+[[gnu::always_inline]] inline void correlate_loop(Real* __restrict out, const Real* center,
+                                                  const Real* const* before, const Real* const* after,
+                                                  const Real* taps, int radius, int64_t count) {
   for (int64_t x = 0; x < count; ++x) out[x] = center[x] * taps[0];
   int j = radius;
   for (; j >= 2; j -= 2) {  // two taps a pass: half the traffic to `out`
-    const double *lo = before[j], *hi = after[j], *lo2 = before[j - 1], *hi2 = after[j - 1];
-    const double tap = taps[j], tap2 = taps[j - 1];
+    const Real *lo = before[j], *hi = after[j], *lo2 = before[j - 1], *hi2 = after[j - 1];
+    const Real tap = taps[j], tap2 = taps[j - 1];
     for (int64_t x = 0; x < count; ++x) out[x] = (out[x] + (lo[x] + hi[x]) * tap) + (lo2[x] + hi2[x]) * tap2;
   }
   if (j == 1) {
-    const double *lo = before[1], *hi = after[1];
+    const Real *lo = before[1], *hi = after[1];
     for (int64_t x = 0; x < count; ++x) out[x] += (lo[x] + hi[x]) * taps[1];
   }
 }
 
 // out[x] = squared difference of a and b summed over up to 7 channels, first to last, then the square root.
-SEGCLIP_MULTIVERSION void distances(double* out, const double* a, const double* b, int64_t count,
-                                    int64_t channels, int64_t plane) {
+template <typename Real>
+[[gnu::always_inline]] inline void distances_loop(Real* out, const Real* a, const Real* b, int64_t count,
+                                                  int64_t channels, int64_t plane) {
   for (int64_t x = 0; x < count; ++x) {
-    const double d = a[x] - b[x];
+    const Real d = a[x] - b[x];
     out[x] = d * d;
   }
   for (int64_t c = 1; c < channels; ++c) {
-    const double *ac = a + c * plane, *bc = b + c * plane;
+    const Real *ac = a + c * plane, *bc = b + c * plane;
     for (int64_t x = 0; x < count; ++x) {
-      const double d = ac[x] - bc[x];
+      const Real d = ac[x] - bc[x];
       out[x] += d * d;
     }
   }
   for (int64_t x = 0; x < count; ++x) out[x] = std::sqrt(out[x]);
 }
 
+// Templates cannot be multiversioned.
+#define SEGCLIP_HOT_LOOPS(Real)                                                                 \
+  SEGCLIP_MULTIVERSION void correlate(Real* out, const Real* center, const Real* const* before, \
+                                      const Real* const* after, const Real* taps, int radius,   \
+                                      int64_t count) {                                          \
+    correlate_loop(out, center, before, after, taps, radius, count);                            \
+  }                                                                                             \
+  SEGCLIP_MULTIVERSION void distances(Real* out, const Real* a, const Real* b, int64_t count,   \
+                                      int64_t channels, int64_t plane) {                        \
+    distances_loop(out, a, b, count, channels, plane);                                          \
+  }
+SEGCLIP_HOT_LOOPS(double)
+SEGCLIP_HOT_LOOPS(float)
+
 namespace {
 
-// ---- Step 1: channels as float64 planes, blurred
+// ---- Step 1: channels as planes, blurred
 
-template <typename T>
-void load_plane(const Image& image, int64_t channel, double* out) {
+template <typename T, typename Real>
+void load_plane(const Image& image, int64_t channel, Real* out) {
   const ImageBatch& b = image.batch;
   const T* source = static_cast<const T*>(image.data) + channel * b.channel_stride;
-  const double unit = std::is_same_v<T, uint8_t> ? 1.0 / 255 : 1.0;
+  const Real unit = std::is_same_v<T, uint8_t> ? static_cast<Real>(1.0 / 255) : Real{1};
+  bool finite = true;
   for (int64_t y = 0; y < image.height; ++y) {
     const T* in = source + y * b.row_stride;
-    for (int64_t x = 0; x < image.width; ++x) *out++ = static_cast<double>(in[x * b.column_stride]) * unit;
+    for (int64_t x = 0; x < image.width; ++x) {
+      const Real value = static_cast<Real>(in[x * b.column_stride]);
+      if constexpr (std::is_floating_point_v<T>) finite &= value - value == 0;
+      *out++ = value * unit;
+    }
   }
+  if (!finite) throw std::domain_error("image: expected finite values, got NaN or infinity");
 }
 
-void load_channel(const Image& image, int64_t channel, double* out) {
+template <typename Real>
+void load_channel(const Image& image, int64_t channel, Real* out) {
   switch (image.batch.type) {
     case PixelType::kUint8:
       return load_plane<uint8_t>(image, channel, out);
@@ -82,40 +107,40 @@ int64_t reflect(int64_t i, int64_t n) {
   return i < n ? i : 2 * n - 1 - i;
 }
 
-// Separable Gaussian: down the columns first, then along the rows, float64 in between.
-void blur_plane(const Image& image, const std::vector<double>& taps, Workspace& ws, double* out) {
+// Separable Gaussian of ws.plane: down the columns first, then along the rows, rounded to Real in between.
+template <typename Real>
+void blur_plane(const Image& image, int radius, Workspace<Real>& ws, Real* out) {
   const int64_t H = image.height, W = image.width;
-  const int radius = static_cast<int>(taps.size()) - 1;
-  ws.row.resize(W + 2 * radius);
-  ws.before.resize(radius + 1);
-  ws.after.resize(radius + 1);
-  double* row = ws.row.data() + radius;
+  const Real *plane = ws.plane.data(), *taps = ws.taps.data();
+  const Real **before = ws.before.at_least(radius + 1), **after = ws.after.at_least(radius + 1);
+  Real* row = ws.row.at_least(W + 2 * radius) + radius;
   for (int64_t y = 0; y < H; ++y) {
     for (int j = 1; j <= radius; ++j) {
-      ws.before[j] = ws.plane.data() + reflect(y - j, H) * W;
-      ws.after[j] = ws.plane.data() + reflect(y + j, H) * W;
+      before[j] = plane + reflect(y - j, H) * W;
+      after[j] = plane + reflect(y + j, H) * W;
     }
-    correlate(row, ws.plane.data() + y * W, ws.before.data(), ws.after.data(), taps.data(), radius, W);
+    correlate(row, plane + y * W, before, after, taps, radius, W);
     for (int j = 1; j <= radius; ++j) {
       row[-j] = row[reflect(-j, W)];
       row[W - 1 + j] = row[reflect(W - 1 + j, W)];
-      ws.before[j] = row - j;
-      ws.after[j] = row + j;
+      before[j] = row - j;
+      after[j] = row + j;
     }
-    correlate(out + y * W, row, ws.before.data(), ws.after.data(), taps.data(), radius, W);
+    correlate(out + y * W, row, before, after, taps, radius, W);
   }
 }
 
-void prepare_planes(const Image& image, const std::vector<double>& taps, Workspace& ws) {
-  ws.planes.resize(image.channels * image.pixels);
+template <typename Real>
+void prepare_planes(const Image& image, const std::vector<double>& taps, Workspace<Real>& ws) {
+  Real* planes = ws.planes.at_least(image.channels * image.pixels);
+  std::copy(taps.begin(), taps.end(), ws.taps.at_least(taps.size()));
   for (int64_t c = 0; c < image.channels; ++c) {
-    double* out = ws.planes.data() + c * image.pixels;
+    Real* out = planes + c * image.pixels;
     if (taps.empty()) {
       load_channel(image, c, out);
     } else {
-      ws.plane.resize(image.pixels);
-      load_channel(image, c, ws.plane.data());
-      blur_plane(image, taps, ws, out);
+      load_channel(image, c, ws.plane.at_least(image.pixels));
+      blur_plane(image, static_cast<int>(taps.size()) - 1, ws, out);
     }
   }
 }
@@ -124,9 +149,10 @@ void prepare_planes(const Image& image, const std::vector<double>& taps, Workspa
 
 // NumPy's pairwise sum: 8 accumulators per block of at most 128, halves of longer runs apart. Used from 8
 // channels on.
-double pairwise_sum(const double* x, int64_t n) {
+template <typename Real>
+Real pairwise_sum(const Real* x, int64_t n) {
   if (n < 8) {
-    double sum = 0.0;
+    Real sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += x[i];
     return sum;
   }
@@ -134,48 +160,53 @@ double pairwise_sum(const double* x, int64_t n) {
     const int64_t half = n / 2 - n / 2 % 8;
     return pairwise_sum(x, half) + pairwise_sum(x + half, n - half);
   }
-  double r[8];
+  Real r[8];
   for (int k = 0; k < 8; ++k) r[k] = x[k];
   int64_t i = 8;
   for (; i < n - n % 8; i += 8)
     for (int k = 0; k < 8; ++k) r[k] += x[i + k];
-  double sum = ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
+  Real sum = ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
   for (; i < n; ++i) sum += x[i];
   return sum;
 }
 
-void distances_many_channels(double* out, const double* a, const double* b, int64_t count, int64_t channels,
-                             int64_t plane, std::vector<double>& squares) {
-  squares.resize(channels);
+template <typename Real>
+void distances_many_channels(Real* out, const Real* a, const Real* b, int64_t count, int64_t channels,
+                             int64_t plane, Real* squares) {
   for (int64_t x = 0; x < count; ++x) {
     for (int64_t c = 0; c < channels; ++c) {
-      const double d = a[x + c * plane] - b[x + c * plane];
+      const Real d = a[x + c * plane] - b[x + c * plane];
       squares[c] = d * d;
     }
-    out[x] = std::sqrt(pairwise_sum(squares.data(), channels));
+    out[x] = std::sqrt(pairwise_sum(squares, channels));
   }
 }
 
 }  // namespace
 
-void weigh_edges(const Image& image, const std::vector<double>& taps, Workspace& ws) {
+template <typename Real>
+void weigh_edges(const Image& image, const std::vector<double>& taps, Workspace<Real>& ws) {
   prepare_planes(image, taps, ws);
-  ws.weights.resize(4 * image.pixels);
+  Real* weights = ws.weights.at_least(4 * image.pixels);
+  Real* squares = ws.row.at_least(image.channels);
   for (int direction = 0; direction < 4; ++direction) {
     const int64_t count = image.columns(direction);
     for (int64_t y = 0; y < image.rows(direction); ++y) {
-      const double* pixel = ws.planes.data() + y * image.width;
-      const double* a = pixel + image.first()[direction];
-      const double* b = pixel + image.second()[direction];
-      double* out = ws.weights.data() + direction * image.pixels + y * image.width;
+      const Real* pixel = ws.planes.data() + y * image.width;
+      const Real* a = pixel + image.first()[direction];
+      const Real* b = pixel + image.second()[direction];
+      Real* out = weights + direction * image.pixels + y * image.width;
       if (image.channels < 8) {
         distances(out, a, b, count, image.channels, image.pixels);
       } else {
-        distances_many_channels(out, a, b, count, image.channels, image.pixels, ws.row);
+        distances_many_channels(out, a, b, count, image.channels, image.pixels, squares);
       }
     }
   }
 }
+
+template void weigh_edges(const Image&, const std::vector<double>&, Workspace<double>&);
+template void weigh_edges(const Image&, const std::vector<double>&, Workspace<float>&);
 
 }  // namespace detail
 

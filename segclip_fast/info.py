@@ -46,11 +46,11 @@ def extension() -> list[Row]:
     try:
         compiled = importlib.import_module("segclip_fast._C")
     except ImportError as error:
-        return [Row("_C", False, f"{error}; build it with pip install -e . (superpixels on the CPU)")]
+        return [Row("_C", False, f"{error}; build it with pip install -e . (superpixels)")]
     build, devices = compiled.cuda_build(), compiled.cuda_devices()
     return [
-        Row("_C", True, "built (superpixels on the CPU)"),
-        Row("_C CUDA part", bool(build.get("compiled")), str(build)),
+        Row("_C", True, "built (superpixels)"),
+        Row("_C CUDA part", bool(build.get("compiled")), f"superpixels and patch labels on CUDA: {build}"),
         Row("CUDA devices", bool(devices.get("devices")), str(devices)),
     ]
 

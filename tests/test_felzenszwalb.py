@@ -1,172 +1,33 @@
-"""felzenszwalb against scikit-image (stable argsort) and its twin; patch labels against plain loops."""
+"""felzenszwalb as an op: layouts, threads, torch, refusals. test_felzenszwalb_exact.py tests its labels."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
-from collections import Counter
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import skimage.segmentation
 import torch
-from skimage import io
+from superpixel_cases import PAPER, crops, skimage_stable
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader, Dataset
 
-from segclip_fast.ops import felzenszwalb, felzenszwalb_ref, patch_labels
+from segclip_fast.ops import felzenszwalb, felzenszwalb_cuda, felzenszwalb_ref, patch_labels
 
-PAPER = {"scale": 224.0, "sigma": 0.9, "min_size": 224}
-# Pictures inside scikit-image's wheel: photographs, textures, micrographs, drawings.
-PICTURES = [
-    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png",
-    "coffee.png", "coins.png", "color.png", "grass.png", "gravel.png",
-    "horse.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png",
-    "page.png", "phantom.png", "retina.jpg", "rocket.jpg", "text.png",
-]  # fmt: skip
-
-
-def skimage_stable(image, **parameters):
-    """scikit-image with a stable argsort; the default one orders ties as the CPU's SIMD sort happens to."""
-    plain = np.argsort
-
-    def stable(a, *args, **kwargs):
-        return plain(a, kind="stable")
-
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # more than 3 channels
-        patch.setattr(np, "argsort", stable)
-        return skimage.segmentation.felzenszwalb(image, **parameters)
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    folder = Path(skimage.__file__).parent / "data"
-    found = [io.imread(folder / name) for name in PICTURES if (folder / name).exists()]
-    assert len(found) >= 10
-    return [picture[..., :3] if picture.ndim == 3 else picture for picture in found]
-
-
-def random_crops(pictures, count, side, seed):
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        picture = pictures[i % len(pictures)]
-        y, x = (int(rng.integers(0, max(n - side, 0) + 1)) for n in picture.shape[:2])
-        yield np.ascontiguousarray(picture[y : y + side, x : x + side]).astype(np.uint8)
-
-
-def adversarial(seed):
-    """A tiny image with many ties, and parameters."""
-    rng = np.random.default_rng(seed)
-    H, W = [(1, rng.integers(1, 65)), (rng.integers(1, 65), 1), (1, 1), *[tuple(rng.integers(1, 13, 2))] * 5][
-        rng.integers(0, 8)
-    ]
-    C = int(rng.choice([1, 1, 2, 3, 3, 3, 5, 7, 8, 9, 17, 130]))
-    y, x, c = np.ogrid[:H, :W, :C]
-    levels = int(rng.integers(2, 5))
-    kinds = [
-        rng.integers(0, levels, (H, W, C)) * (255 // (levels - 1)),
-        np.full((H, W, C), rng.integers(0, 256)),
-        (y + x + c) % 2 * rng.integers(1, 256),
-        (y * rng.integers(0, 9) + x * rng.integers(0, 9) + c) % 256,
-        rng.integers(0, 256, (H, W, C)),
-        (y // 2 + x // 3) % levels * 40 + c % 2,
-    ]
-    image = np.broadcast_to(kinds[rng.integers(0, len(kinds))], (H, W, C)).astype(np.uint8)
-    image = [image, image / 255, (image / 255).astype(np.float32), rng.random((H, W, C))][rng.integers(0, 4)]
-    image = image[:, :, 0] if C == 1 and rng.integers(0, 2) else image
-    scale = float(rng.choice([0, 1, 20, 100, 224, 1000, 5000]))
-    sigma = float(rng.choice([0, 0, 0.3, 0.5, 0.8, 0.9, 2, rng.uniform(0, 2)]))
-    return image, {"scale": scale, "sigma": sigma, "min_size": int(rng.choice([0, 1, 2, 3, 5, 20, 224]))}
-
-
-# --- equality with scikit-image
-
-
-def test_equals_skimage_on_crops_at_the_paper_setting(pictures):
-    for i, crop in enumerate(random_crops(pictures, 200, 224, seed=0)):
-        np.testing.assert_array_equal(
-            felzenszwalb(crop, **PAPER), skimage_stable(crop, **PAPER), err_msg=str(i)
-        )
-
-
-@pytest.mark.parametrize(
-    ("scale", "sigma", "min_size"),
-    [(1, 0.0, 20), (1, 0.8, 20), (100, 0.5, 20), (500, 0.0, 20), (500, 0.8, 0)],
-)
-def test_equals_skimage_at_other_settings(pictures, scale, sigma, min_size):
-    setting = {"scale": scale, "sigma": sigma, "min_size": min_size}
-    for i, crop in enumerate(random_crops(pictures, 20, 224, seed=1)):
-        np.testing.assert_array_equal(
-            felzenszwalb(crop, **setting), skimage_stable(crop, **setting), err_msg=str(i)
-        )
-
-
-@pytest.mark.slow
-def test_equals_skimage_on_whole_pictures(pictures):
-    for setting in (
-        PAPER,
-        {"scale": 100, "sigma": 0.8, "min_size": 20},
-        {"scale": 1, "sigma": 0.0, "min_size": 5},
-    ):
-        for name, picture in zip(PICTURES, pictures, strict=True):
-            image = picture.astype(np.uint8)
-            np.testing.assert_array_equal(
-                felzenszwalb(image, **setting), skimage_stable(image, **setting), err_msg=name
-            )
-
-
-@pytest.mark.parametrize("block", range(4))
-def test_equals_skimage_on_adversarial_images(block):
-    for seed in range(block * 200, block * 200 + 200):
-        image, setting = adversarial(seed)
-        case = f"seed {seed}: {image.shape} {image.dtype} {setting}"
-        np.testing.assert_array_equal(
-            felzenszwalb(image, **setting), skimage_stable(image, **setting), err_msg=case
-        )
-
-
-def test_twin_equals_op_on_adversarial_images():
-    for seed in range(1000, 1300):
-        image, setting = adversarial(seed)
-        case = f"seed {seed}: {image.shape} {image.dtype} {setting}"
-        np.testing.assert_array_equal(
-            felzenszwalb(image, **setting), felzenszwalb_ref(image, **setting), err_msg=case
-        )
-
-
-def test_twin_equals_op_on_a_crop(pictures):
-    crop = next(random_crops(pictures, 1, 96, seed=2))
-    np.testing.assert_array_equal(felzenszwalb(crop, **PAPER), felzenszwalb_ref(crop, **PAPER))
-
-
-def test_weights_spread_over_many_binades():
-    # Steps far below the largest weight are sorted apart; with most of them small, all bits are sorted.
-    rng = np.random.default_rng(0)
-    for exponents in (np.linspace(-12, 0, 32), np.linspace(-3, 0, 32), np.linspace(-300, -290, 32)):
-        image = rng.random((32, 32)) * 10.0 ** exponents[:, None]
-        for scale in (0.0, 1e-3, 1.0):
-            setting = {"scale": scale, "sigma": 0.0, "min_size": 3}
-            np.testing.assert_array_equal(felzenszwalb(image, **setting), skimage_stable(image, **setting))
-
-
-def test_min_size_pass_is_sequential():
-    # Joining every small segment to its nearest neighbour at once would give two segments here.
-    image = np.array([[0, 10, 15, 22, 23, 24]], np.uint8)
-    labels = felzenszwalb(image, scale=0, sigma=0, min_size=3)
-    np.testing.assert_array_equal(labels, np.zeros((1, 6)))
+precisions = pytest.mark.parametrize("precision", ["float64", "float32"])
 
 
 # --- batches, layouts, threads
 
 
-def test_result_types(pictures):
-    crop = next(random_crops(pictures, 1, 40, seed=3))
-    labels = felzenszwalb(crop)
+@precisions
+def test_result_types(precision):
+    crop = next(crops(1, 40, seed=3))
+    labels = felzenszwalb(crop, precision=precision)
     assert labels.dtype == np.int64
     assert labels.shape == (40, 40)
-    batch = felzenszwalb(torch.from_numpy(crop).permute(2, 0, 1)[None])
+    batch = felzenszwalb(torch.from_numpy(crop).permute(2, 0, 1)[None], precision=precision)
     assert batch.dtype == torch.int32
     assert batch.shape == (1, 40, 40)
     np.testing.assert_array_equal(batch[0].numpy(), labels)
@@ -174,11 +35,12 @@ def test_result_types(pictures):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [1, 3, 9])
-def test_batch_equals_single_images_for_every_layout_and_thread_count(dtype, channels):
+@precisions
+def test_batch_equals_single_images_for_every_layout_and_thread_count(dtype, channels, precision):
     generator = torch.Generator().manual_seed(0)
     planar = torch.randint(0, 256, (5, channels, 31, 23), generator=generator, dtype=torch.uint8)
     planar = planar if dtype == torch.uint8 else planar.to(dtype) / 255
-    setting = {"scale": 50.0, "sigma": 0.7, "min_size": 9}
+    setting = {"scale": 50.0, "sigma": 0.7, "min_size": 9, "precision": precision}
     single = np.stack([felzenszwalb(image.permute(1, 2, 0).numpy().copy(), **setting) for image in planar])
     views = {
         "planar": planar,
@@ -192,8 +54,8 @@ def test_batch_equals_single_images_for_every_layout_and_thread_count(dtype, cha
             np.testing.assert_array_equal(labels.numpy(), single, err_msg=f"{name}, {threads} threads")
 
 
-def test_array_views(pictures):
-    crop = next(random_crops(pictures, 1, 64, seed=4))
+def test_array_views():
+    crop = next(crops(1, 64, seed=4))
     for view in (crop[::-1], crop[:, ::2], crop.transpose(1, 0, 2), crop[..., ::-1], crop[..., 1]):
         np.testing.assert_array_equal(felzenszwalb(view, **PAPER), felzenszwalb(view.copy(), **PAPER))
     packed = np.zeros((20, 20), np.dtype([("skip", "u1"), ("value", "<f8")]))
@@ -202,16 +64,58 @@ def test_array_views(pictures):
     np.testing.assert_array_equal(felzenszwalb(packed["value"]), felzenszwalb(packed["value"].copy()))
 
 
-def test_workspace_does_not_leak_between_images_of_different_sizes():
+@precisions
+def test_workspace_does_not_leak_between_images_of_different_sizes(precision):
     rng = np.random.default_rng(5)
     images = [
         rng.integers(0, 256, (int(h), int(w), 3)).astype(np.uint8) for h, w in rng.integers(1, 60, (20, 2))
     ]
-    first = [felzenszwalb(image, scale=10, sigma=0.5, min_size=4) for image in images]
-    again = [felzenszwalb(image, scale=10, sigma=0.5, min_size=4) for image in reversed(images)][::-1]
+    setting = {"scale": 10.0, "sigma": 0.5, "min_size": 4}
+    first = [felzenszwalb(image, precision=precision, **setting) for image in images]
+    again = [felzenszwalb(image, precision=precision, **setting) for image in reversed(images)][::-1]
     for a, b, image in zip(first, again, images, strict=True):
         np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(a, skimage_stable(image, scale=10, sigma=0.5, min_size=4))
+        if precision == "float64":
+            np.testing.assert_array_equal(a, skimage_stable(image, **setting))
+        else:
+            np.testing.assert_array_equal(a, felzenszwalb_ref(image, precision=precision, **setting))
+
+
+@precisions
+def test_workers_keep_their_workspaces_for_batches_of_other_sizes_and_counts(precision):
+    rng = np.random.default_rng(6)
+    for count, threads, side in [(5, 4, 20), (2, 1, 33), (9, 7, 8), (3, 2, 41)]:
+        images = rng.integers(0, 256, (count, 3, side, side + 1)).astype(np.uint8)
+        labels = felzenszwalb(torch.from_numpy(images), threads=threads, precision=precision)
+        for image, found in zip(images, labels, strict=True):
+            expected = felzenszwalb_ref(image.transpose(1, 2, 0), precision=precision)
+            np.testing.assert_array_equal(found.numpy(), expected)
+
+
+class ThreadsAskedFor(Dataset):
+    """Item i: how many threads the op asks the extension for, given threads=i, in this process."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        asked = []
+
+        def segment(batch, scale, sigma, min_size, threads, **_):
+            asked.append(threads)
+            return np.zeros((batch.shape[0], *batch.shape[2:]), np.int32)
+
+        module = sys.modules["segclip_fast.ops.felzenszwalb"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "extension", lambda: SimpleNamespace(felzenszwalb=segment))
+            felzenszwalb(torch.zeros(1, 1, 2, 2), threads=i)
+        return asked[0]
+
+
+def test_one_thread_in_the_workers_of_a_data_loader():
+    dataset = ThreadsAskedFor()
+    assert [dataset[i] for i in range(3)] == [0, 1, 2]  # 0: every core
+    assert [int(x) for x in DataLoader(dataset, num_workers=2)] == [1, 1, 2]
 
 
 def test_empty_batch():
@@ -221,16 +125,17 @@ def test_empty_batch():
 # --- torch
 
 
-def test_opcheck():
+@pytest.mark.parametrize("single", [False, True])
+def test_opcheck(single):
     image = torch.rand(2, 3, 12, 10)
-    torch.library.opcheck(torch.ops.segclip_fast.felzenszwalb, (image, 10.0, 0.8, 5, 1))
+    torch.library.opcheck(torch.ops.segclip_fast.felzenszwalb, (image, 10.0, 0.8, 5, 1, single))
 
 
 def test_compiles_without_a_graph_break():
     image = torch.rand(2, 3, 32, 32)
 
     def labels(x):
-        return patch_labels(felzenszwalb(x * 0.5, scale=20.0, min_size=8), 16)
+        return patch_labels(felzenszwalb(x * 0.5, scale=20.0, min_size=8, precision="float32"), 16)
 
     compiled = torch.compile(labels, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(image), labels(image))
@@ -271,6 +176,11 @@ def test_compiles_without_a_graph_break():
             ValueError,
             r"image: expected at most 2\^30 pixels, got shape \(65536, 32768\)",
         ),
+        (
+            np.broadcast_to(np.float32(0), (2**31 + 1, 1)),
+            ValueError,
+            r"image: expected at most 2\^30 pixels, got shape \(2147483649, 1\)",
+        ),
     ],
 )
 def test_bad_images(image, error, message):
@@ -291,6 +201,7 @@ def test_bad_images(image, error, message):
         ({"sigma": float("inf")}, "sigma: expected a number from 0 to 10000, got inf"),
         ({"min_size": -1}, "min_size: expected an integer from 0 to 2147483647, got -1"),
         ({"min_size": 2**31}, "min_size: expected an integer from 0 to 2147483647, got 2147483648"),
+        ({"precision": "float16"}, r"precision: expected one of \('float64', 'float32'\), got 'float16'"),
         ({"threads": -2}, r"threads: expected an integer from 0 \(all cores\) to 2147483647, got -2"),
     ],
 )
@@ -299,11 +210,45 @@ def test_bad_parameters(op, parameters, message):
         op(np.zeros((4, 4)), **parameters)
 
 
-def test_cuda_tensor_is_refused():
-    with FakeTensorMode():  # the refusal needs no GPU
-        image = torch.empty(1, 3, 4, 4, device="cuda")
-    with pytest.raises(NotImplementedError, match=r"got one on cuda:0; .* pass image.cpu\(\)"):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@precisions
+def test_one_bad_pixel_of_a_batch_is_refused(value, dtype, precision):
+    images = torch.zeros(6, 2, 9, 40, dtype=dtype)
+    images[4, 1, 8, 39] = value
+    for threads in (1, 3):
+        for sigma in (0.0, 0.8):
+            with pytest.raises(ValueError, match="image: expected finite values, got NaN or infinity"):
+                felzenszwalb(images, sigma=sigma, threads=threads, precision=precision)
+    felzenszwalb(images[:4], precision=precision)
+
+
+@pytest.mark.parametrize("op", [felzenszwalb, felzenszwalb_ref])
+def test_values_beyond_float32_are_refused_there(op):
+    image = np.array([[0.0, 1e100]])
+    assert op(image).shape == (1, 2)
+    with pytest.raises(ValueError, match="image: expected finite values, got NaN or infinity"):
+        op(image, precision="float32")
+
+
+def test_other_devices_are_refused():
+    with FakeTensorMode():  # the refusal needs no such device
+        image = torch.empty(1, 3, 4, 4, device="xpu")
+    with pytest.raises(NotImplementedError, match=r"CPU or CUDA, got one on xpu:0; pass image.cpu\(\)"):
         felzenszwalb(image)
+
+
+def test_cuda_tensor_without_the_cuda_part_is_refused():
+    built = SimpleNamespace(cuda_build=lambda: {"compiled": False})
+    with pytest.raises(NotImplementedError, match=r"built without CUDA; build it where nvcc is"):
+        felzenszwalb_cuda.segment(built, torch.zeros(1, 3, 4, 4), 1.0, (), 20, False)
+
+
+@pytest.mark.parametrize("shape", [(1, 129, 4, 4), (1, 1, 4097, 4096)])
+def test_sizes_that_cuda_refuses(shape):
+    built = SimpleNamespace(cuda_build=lambda: {"compiled": True})
+    with pytest.raises(ValueError, match=r"at most 2\^24 pixels and 128 channels on CUDA, got shape"):
+        felzenszwalb_cuda.segment(built, torch.zeros(()).expand(shape), 1.0, (), 20, False)
 
 
 def test_missing_extension_speaks_on_first_use():
@@ -318,58 +263,3 @@ def test_missing_extension_speaks_on_first_use():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "segclip_fast._C: the compiled extension is missing" in done.stdout
     assert "pip install -e ." in done.stdout
-
-
-# --- patch labels
-
-
-def patch_labels_loop(labels, patch, how):
-    B, H, W = labels.shape
-    out = np.zeros((B, H // patch, W // patch), np.int64)
-    for b, y, x in np.ndindex(out.shape):
-        cell = labels[b, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].ravel().tolist()
-        counts = Counter(cell)
-        majority = min(label for label in counts if counts[label] == max(counts.values()))
-        out[b, y, x] = majority if how == "majority" else int(np.mean(cell))
-    return out
-
-
-@pytest.mark.parametrize("how", ["majority", "mean"])
-@pytest.mark.parametrize("patch", [1, 2, 3, 4])
-@pytest.mark.parametrize("top", [2, 4, 300])
-def test_patch_labels(how, patch, top):
-    labels = np.random.default_rng(patch + top).integers(-1, top, (2, 12, 24)).astype(np.int32)
-    expected = patch_labels_loop(labels, patch, how)
-    result = patch_labels(torch.from_numpy(labels), patch, how)
-    assert result.dtype == torch.int64
-    np.testing.assert_array_equal(result.numpy(), expected)
-    array = patch_labels(labels[1], patch, how)
-    assert isinstance(array, np.ndarray)
-    np.testing.assert_array_equal(array, expected[1])
-
-
-@pytest.mark.parametrize(
-    ("labels", "patch", "how", "error", "message"),
-    [
-        (torch.zeros(1, 4, 4), 2, "mean", TypeError, "labels: expected integers, got torch.float32"),
-        (
-            torch.zeros(4, dtype=torch.int32),
-            2,
-            "mean",
-            ValueError,
-            r"labels: expected \(B, H, W\) or \(H, W\)",
-        ),
-        (
-            np.zeros((4, 6), int),
-            4,
-            "mean",
-            ValueError,
-            r"labels: expected sides divisible by patch 4, got \(4, 6\)",
-        ),
-        (np.zeros((4, 4), int), 0, "mean", ValueError, "labels: expected sides divisible by patch 0"),
-        (np.zeros((4, 4), int), 2, "mode", ValueError, "how: expected one of"),
-    ],
-)
-def test_bad_patch_labels(labels, patch, how, error, message):
-    with pytest.raises(error, match=message):
-        patch_labels(labels, patch, how)

@@ -2,9 +2,10 @@
 
 from .attention import attention, attention_ref
 from .attention_packed import attention_packed, attention_packed_ref
-from .felzenszwalb import felzenszwalb, felzenszwalb_ref, patch_labels
+from .felzenszwalb import felzenszwalb, felzenszwalb_ref
 from .group_assign import GroupAssignment, group_assign, group_assign_ref
 from .linear import linear, linear_ref
+from .patch_labels import patch_labels, patch_labels_ref
 from .superpixel_kl import superpixel_kl, superpixel_kl_ref
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "linear",
     "linear_ref",
     "patch_labels",
+    "patch_labels_ref",
     "superpixel_kl",
     "superpixel_kl_ref",
 ]

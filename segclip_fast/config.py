@@ -1,5 +1,7 @@
 """Every setting of the library as frozen dataclasses; presets are functions. Nothing changes after parsing.
 
+Those of the data are in `data/settings.py`; all can be imported from here.
+
 Defaults are the paper's run (SegCLIP, ICML 2023, Section 3.1): ViT-B/16 cut after layer 10, 8 centers, two
 cross-attention layers, batch 768, learning rates 4e-6 before and 4e-3 from the grouping module on.
 """
@@ -11,15 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from ._checks import require
+from .data.settings import DataConfig
+from .data.settings import SuperpixelConfig as SuperpixelConfig
+
 Activation = Literal["quick_gelu", "gelu"]
 KLForm = Literal["paper", "official"]
 
 T = TypeVar("T")
-
-
-def _require(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got!r}")
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,16 @@ class VisionConfig:
     activation: Activation = "quick_gelu"
 
     def __post_init__(self) -> None:
-        _require(self.image_size > 0, "vision.image_size", "a positive number", self.image_size)
-        _require(self.patch_size > 0, "vision.patch_size", "a positive number", self.patch_size)
-        _require(
+        require(self.image_size > 0, "vision.image_size", "a positive number", self.image_size)
+        require(self.patch_size > 0, "vision.patch_size", "a positive number", self.patch_size)
+        require(
             self.image_size % self.patch_size == 0,
             "vision.image_size",
             f"a multiple of patch_size {self.patch_size}",
             self.image_size,
         )
-        _require(
-            self.width % self.heads == 0, "vision.width", f"a multiple of heads {self.heads}", self.width
-        )
-        _require(
+        require(self.width % self.heads == 0, "vision.width", f"a multiple of heads {self.heads}", self.width)
+        require(
             0 <= self.group_after <= self.layers,
             "vision.group_after",
             f"between 0 and layers {self.layers}",
@@ -86,9 +85,9 @@ class GroupingConfig:
     tau: float = 0.9
 
     def __post_init__(self) -> None:
-        _require(1 <= self.centers <= 64, "grouping.centers", "1 to 64", self.centers)
-        _require(0 <= self.cross_layers <= 4, "grouping.cross_layers", "0 to 4", self.cross_layers)
-        _require(self.tau > 0, "grouping.tau", "a positive number", self.tau)
+        require(1 <= self.centers <= 64, "grouping.centers", "1 to 64", self.centers)
+        require(0 <= self.cross_layers <= 4, "grouping.cross_layers", "0 to 4", self.cross_layers)
+        require(self.tau > 0, "grouping.tau", "a positive number", self.tau)
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,10 @@ class TextConfig:
     vocabulary: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self.width % self.heads == 0, "text.width", f"a multiple of heads {self.heads}", self.width)
-        _require(self.context_length >= 2, "text.context_length", "at least 2", self.context_length)
+        require(self.width % self.heads == 0, "text.width", f"a multiple of heads {self.heads}", self.width)
+        require(self.context_length >= 2, "text.context_length", "at least 2", self.context_length)
         if self.vocabulary:
-            _require(
+            require(
                 self.vocab_size == len(self.vocabulary) + 3,
                 "text.vocab_size",
                 f"len(vocabulary) + 3 = {len(self.vocabulary) + 3}",
@@ -145,9 +144,9 @@ class ReconstructionConfig:
     decoder_heads: int = 8
 
     def __post_init__(self) -> None:
-        _require(0 < self.mask_ratio < 1, "reconstruction.mask_ratio", "between 0 and 1", self.mask_ratio)
+        require(0 < self.mask_ratio < 1, "reconstruction.mask_ratio", "between 0 and 1", self.mask_ratio)
         divisor = 4 if self.decoder_width % 4 else self.decoder_heads
-        _require(
+        require(
             self.decoder_width % divisor == 0,
             "reconstruction.decoder_width",
             f"a multiple of 4 and of decoder_heads {self.decoder_heads}",
@@ -191,47 +190,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in ("contrastive", "reconstruction", "superpixel_kl"):
-            _require(getattr(self, name) >= 0, f"loss.{name}", "a weight of at least 0", getattr(self, name))
-        _require(self.kl_form in ("paper", "official"), "loss.kl_form", "paper or official", self.kl_form)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where image-text pairs come from and how they are prepared.
-
-    Attributes:
-        source: "scenes" (procedural, no download) or "stamps" (Tux Paint stamps under `root`).
-        root: folder of the source, where it needs one.
-        samples: pairs per epoch for generated sources.
-        seed: of the generated sources.
-        crop_area: smallest and largest area share of the random resized crop; (1, 1) switches it off.
-        superpixel_scale: Felzenszwalb scale; the paper's run uses 224 at 224 x 224 pixels.
-        superpixel_sigma: Gaussian pre-smoothing in pixels.
-        superpixel_min_size: smallest segment in pixels.
-        patch_label: how pixels vote for a patch's superpixel: "majority", or the release's "mean".
-        workers: loader processes; 0 loads in the training process.
-        cache: keep the prepared samples in memory; only without random crops.
-    """
-
-    source: Literal["scenes", "stamps"] = "scenes"
-    root: str = ""
-    samples: int = 8192
-    seed: int = 0
-    crop_area: tuple[float, float] = (0.5, 1.0)
-    superpixel_scale: float = 224.0
-    superpixel_sigma: float = 0.9
-    superpixel_min_size: int = 224
-    patch_label: Literal["majority", "mean"] = "majority"
-    workers: int = 0
-    cache: bool = False
-
-    def __post_init__(self) -> None:
-        low, high = self.crop_area
-        _require(0 < low <= high <= 1, "data.crop_area", "0 < smallest <= largest <= 1", self.crop_area)
-        _require(self.samples > 0, "data.samples", "a positive number", self.samples)
-        _require(
-            not self.cache or low == 1, "data.cache", "False with random crops (crop_area below 1)", True
-        )
+            require(getattr(self, name) >= 0, f"loss.{name}", "a weight of at least 0", getattr(self, name))
+        require(self.kl_form in ("paper", "official"), "loss.kl_form", "paper or official", self.kl_form)
 
 
 @dataclass(frozen=True)
@@ -259,9 +219,9 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0 and self.lower_lr >= 0, "optim.lr", "positive rates", (self.lr, self.lower_lr))
-        _require(0 <= self.warmup < 1, "optim.warmup", "between 0 and 1", self.warmup)
-        _require(self.clip > 0, "optim.clip", "a positive norm", self.clip)
+        require(self.lr > 0 and self.lower_lr >= 0, "optim.lr", "positive rates", (self.lr, self.lower_lr))
+        require(0 <= self.warmup < 1, "optim.warmup", "between 0 and 1", self.warmup)
+        require(self.clip > 0, "optim.clip", "a positive norm", self.clip)
 
 
 @dataclass(frozen=True)
@@ -279,7 +239,8 @@ class TrainConfig:
         batch_size: pairs per step.
         seed: of initialisation, order, augmentation and noise.
         save_every: steps between checkpoints.
-        eval_every: steps between zero-shot evaluations; 0 for none before the end.
+        eval_every: steps between zero-shot evaluations; 0 for none before the end. A folder has no masks and
+            is not evaluated at all.
         eval_images: held-out images per evaluation.
         precision: autocast type of the forward pass.
         device: "auto", "cpu" or "cuda".
@@ -307,9 +268,12 @@ class TrainConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        _require(not (self.resume and self.overwrite), "resume", "not together with overwrite", True)
+        require(not (self.resume and self.overwrite), "resume", "not together with overwrite", True)
         for name in ("steps", "batch_size", "save_every"):
-            _require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+            require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
+        without_masks = self.data.source == "folder"
+        expected = "0 with data.source 'folder', which has no masks to compare with"
+        require(not (without_masks and self.eval_every), "eval_every", expected, self.eval_every)
 
 
 def vit_b16() -> SegCLIPConfig:

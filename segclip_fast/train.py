@@ -1,8 +1,8 @@
 """Train a model: `python -m segclip_fast.train RUN [settings]`, also under torchrun with one process.
 
-RUN is one of the prepared runs: `paper` (ViT-B/16 from CLIP; bring your own data), `scenes` (learns the
-embedded scenes on a laptop) and `stamps` (a small model on the Tux Paint stamps). Every setting is a flag,
-see --help.
+RUN is one of the prepared runs: `paper` (ViT-B/16 from CLIP; bring your pictures and captions as a folder),
+`scenes` (learns the embedded scenes on a laptop) and `stamps` (a small model on the Tux Paint stamps). Every
+setting is a flag, see --help.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         train(config)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"trained model: {config.output}/model")

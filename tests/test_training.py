@@ -19,7 +19,14 @@ from safetensors.torch import load_file
 from small import small_config
 
 from segclip_fast import SegCLIP
-from segclip_fast.config import DataConfig, LossConfig, OptimConfig, TrainConfig, scenes_tiny
+from segclip_fast.config import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    SuperpixelConfig,
+    TrainConfig,
+    scenes_tiny,
+)
 from segclip_fast.data.pipeline import PairDataset, Sample, batches, caption_holds, collate, make_source
 from segclip_fast.data.sample import RawSample
 from segclip_fast.data.transforms import crop_box, resized_crop
@@ -39,7 +46,7 @@ def quick(output, **changes) -> TrainConfig:
         output=str(output),
         model=model,
         loss=LossConfig(mask_false_negatives=True),
-        data=DataConfig(samples=20, superpixel_scale=20, superpixel_min_size=8),
+        data=DataConfig(samples=20, superpixels=SuperpixelConfig(scale=20, min_size=8)),
         optim=OptimConfig(lr=1e-3, lower_lr=1e-3),
         steps=12,
         batch_size=4,
@@ -310,7 +317,7 @@ def test_batches_start_anywhere(tmp_path):
     for a, b in zip(whole[3:], part, strict=True):
         for name, value in vars(a).items():
             assert torch.equal(value, getattr(b, name)), name
-    assert whole[0].images.shape == (4, 3, 32, 32)
+    assert whole[0].pixels.shape == (4, 3, 32, 32)
     assert whole[0].superpixels.shape == (4, 4, 4)
 
 
@@ -344,7 +351,7 @@ def test_cache_changes_nothing(tmp_path):
     source = make_source(data, config.model)
     a, b = (PairDataset(source, d, config.model, 1) for d in (data, cached))
     for position in (3, 25, 3, 30):
-        assert torch.equal(collate([a[position]]).images, collate([b[position]]).images)
+        assert torch.equal(collate([a[position]]).pixels, collate([b[position]]).pixels)
 
 
 def test_crop_box_stays_inside():
@@ -370,7 +377,7 @@ def test_prepared_sample(tmp_path):
     dataset = PairDataset(make_source(config.data, config.model), config.data, config.model, 0)
     image = np.zeros((50, 70, 3), np.uint8)
     prepared = dataset.prepare(RawSample(image, "a photo of a zebra"), 0)
-    assert prepared.image.shape == (3, 32, 32)
+    assert prepared.pixels.shape == (3, 32, 32)
     assert prepared.tokens.shape == (16,)
     assert not prepared.superpixels.any()
 

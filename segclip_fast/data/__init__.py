@@ -1,4 +1,4 @@
-"""Pictures and captions: loading, embedded scenes, stamps, transforms and tokenizing.
+"""Pictures and captions: loading, embedded scenes, stamps, folders, pseudo-labels, transforms, tokenizing.
 
 Names load on first use: importing this package needs neither torch nor Pillow.
 """
@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
+    "FolderSource": "folder",
     "IGNORE_LABEL": "sample",
     "ImageTextSource": "sample",
     "MATERIALS": "scenes",
@@ -17,24 +18,28 @@ _PUBLIC = {
     "StampSource": "stamps",
     "caption_vocabulary": "scenes",
     "load_image": "images",
+    "load_segments": "images",
     "make_scene": "scenes",
     "resize_bilinear_uint8": "images",
 }
 __all__ = [
     "IGNORE_LABEL",
     "MATERIALS",
+    "FolderSource",
     "ImageTextSource",
     "RawSample",
     "SceneSource",
     "StampSource",
     "caption_vocabulary",
     "load_image",
+    "load_segments",
     "make_scene",
     "resize_bilinear_uint8",
 ]
 
 if TYPE_CHECKING:
-    from .images import load_image, resize_bilinear_uint8
+    from .folder import FolderSource
+    from .images import load_image, load_segments, resize_bilinear_uint8
     from .sample import IGNORE_LABEL, ImageTextSource, RawSample
     from .scenes import MATERIALS, SceneSource, caption_vocabulary, make_scene
     from .stamps import StampSource

@@ -20,6 +20,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 FLOAT_TOLERANCE = 1e-5  # float images may leave [0, 1] by rounding only
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_LABEL_MODES = ("1", "L", "P", "I;16", "I;16B", "I", "RGB")
 _truncated_lock = threading.Lock()
 
 # cv2.resize's fixed point: weights have 11 bits; 4 + 16 + 2 bits are shifted out again on the way to 8 bits.
@@ -63,6 +64,39 @@ def load_image(source: Any, *, name: str = "image") -> np.ndarray:
     raise ValueError(
         f"{name}: expected a path, a PIL image, a NumPy array or a torch tensor, got {type(source).__name__}"
     )
+
+
+def load_segments(path: str | Path, *, name: str = "segments") -> np.ndarray:
+    """Read a label map from a PNG file: pixels of one value belong together, what the values are is free.
+
+    Palette files give their indices; of RGB files each colour is a label of its own.
+
+    Args:
+        path: an 8-bit or 16-bit grey, palette, or 8-bit RGB PNG file.
+        name: what error messages call the argument.
+
+    Returns:
+        (H, W) int32.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: not a PNG file, a broken one, or another kind of PNG (such as one with an alpha channel).
+    """
+    path = Path(path)
+    with _opened(path, name) as picture:
+        # JPEG's losses would make labels up, and Pillow cuts 16-bit colours to 8 bits, which merges labels.
+        deep_colour = picture.mode == "RGB" and ";16" in str(getattr(picture, "tile", ""))
+        if picture.format != "PNG" or picture.mode not in _LABEL_MODES or deep_colour:
+            kind = f"{picture.format} of mode {picture.mode}{' with 16 bits' if deep_colour else ''}"
+            expected = "a PNG file, grey (8 or 16 bits), palette or RGB (8 bits)"
+            raise ValueError(f"{name}: expected {expected}, got {str(path)!r}, {kind}")
+        try:
+            with _truncation_is_an_error():
+                picture.load()
+        except _DECODE_ERRORS as error:
+            raise ValueError(f"{name}: expected a complete PNG file, got {str(path)!r} ({error})") from error
+        values = np.asarray(picture).astype(np.int32)
+    return values @ np.array([65536, 256, 1], dtype=np.int32) if values.ndim == 3 else values
 
 
 def resize_bilinear_uint8(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
@@ -126,13 +160,20 @@ def _linear_taps(
 
 
 def _from_path(path: Path, name: str) -> np.ndarray:
+    with _opened(path, name) as picture:
+        return _from_pil(picture, name, repr(str(path)))
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[Image.Image]:
+    """The file as Pillow opens it; failures to open or read it become one clear error."""
     if not path.exists():
         raise FileNotFoundError(f"{name}: expected an existing image file, got {str(path)!r}")
     if not path.is_file():
         raise ValueError(f"{name}: expected an image file, got the directory {str(path)!r}")
     try:
         with Image.open(path) as picture:
-            return _from_pil(picture, name, repr(str(path)))
+            yield picture
     except UnidentifiedImageError:
         raise ValueError(f"{name}: expected an image file, got {str(path)!r}, not a known format") from None
     except Image.DecompressionBombError as error:

@@ -2,11 +2,14 @@
 
 That makes a run resumable at any step, whatever the number of loader workers: batch s holds the positions
 s B to (s + 1) B - 1, and position p shows the source's sample number order(p // len)[p % len].
+Workers deliver 8-bit pixels; the training device normalises them, and there the superpixels may be computed
+too (`training/prefetch.py`).
 Shapes: B batch, S image side in pixels, T tokens, h = w = S / patch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import DataConfig, SegCLIPConfig
-from ..ops import felzenszwalb, patch_labels
+from .pseudo_labels import PatchLabels
 from .sample import ImageTextSource, RawSample
 from .tokenizer import tokenizer_for
-from .transforms import crop_box, normalise, resized_crop
+from .transforms import crop_box, resized_crop
 
 
 @dataclass(frozen=True)
@@ -29,50 +32,44 @@ class Sample:
     """One prepared training pair.
 
     Attributes:
-        image: (3, S, S) float32, normalised.
+        pixels: (3, S, S) uint8, the training crop.
         tokens: (T,) int64.
-        superpixels: (h, w) int64 patch labels.
+        superpixels: (h, w) int64 patch labels, or None where the training device makes them.
         content: concepts known to be in the image.
         mentioned: concepts that the caption names.
         caption: the text.
     """
 
-    image: Tensor
+    pixels: Tensor
     tokens: Tensor
-    superpixels: Tensor
+    superpixels: Tensor | None
     content: frozenset[str]
     mentioned: frozenset[str]
     caption: str
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B prepared pairs.
+class LoadedBatch:
+    """B prepared pairs as the loader delivers them, in host memory.
 
     Attributes:
-        images: (B, 3, S, S) float32, normalised.
+        pixels: (B, 3, S, S) uint8.
         tokens: (B, T) int64.
-        superpixels: (B, h, w) int64 patch labels.
+        superpixels: (B, h, w) int64 patch labels, or None where the training device makes them.
         holds: (B, B) bool, caption j is known to hold for image i.
     """
 
-    images: Tensor
+    pixels: Tensor
     tokens: Tensor
-    superpixels: Tensor
+    superpixels: Tensor | None
     holds: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; the tokens stay on the host, where the model packs them."""
-        return Batch(
-            **{
-                name: value if name == "tokens" else value.to(device, non_blocking=True)
-                for name, value in vars(self).items()
-            }
-        )
-
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> LoadedBatch:
         """The same batch in page-locked memory (called by the loader)."""
-        return Batch(*(value.pin_memory() for value in vars(self).values()))
+        superpixels = None if self.superpixels is None else self.superpixels.pin_memory()
+        return LoadedBatch(
+            self.pixels.pin_memory(), self.tokens.pin_memory(), superpixels, self.holds.pin_memory()
+        )
 
 
 def make_source(config: DataConfig, model: SegCLIPConfig, split: str = "train") -> ImageTextSource:
@@ -95,14 +92,41 @@ def make_source(config: DataConfig, model: SegCLIPConfig, split: str = "train") 
         if not config.root:
             raise ValueError("data.root: expected the folder of the stamps, got ''")
         return StampSource(Path(config.root), config.samples, seed=config.seed, size=size, split=split)
-    raise ValueError(f"data.source: expected scenes or stamps, got {config.source!r}")
+    from .folder import FolderSource
+
+    if not config.root:
+        raise ValueError("data.root: expected the folder of the pictures, got ''")
+    return FolderSource(Path(config.root), segments=config.superpixels.kind == "stored")
+
+
+def make_held_out(config: DataConfig, model: SegCLIPConfig, samples: int) -> ImageTextSource | None:
+    """The `samples` pictures that a run is evaluated on; None for a source without masks."""
+    if config.source == "folder":
+        return None
+    return make_source(dataclasses.replace(config, samples=samples), model, "val")
 
 
 class PairDataset(Dataset[Sample]):
-    """Prepared samples by position in the endless stream of epochs."""
+    """Prepared samples by position in the endless stream of epochs.
 
-    def __init__(self, source: ImageTextSource, data: DataConfig, model: SegCLIPConfig, seed: int) -> None:
+    Args:
+        source: the pairs.
+        data: how they are prepared.
+        model: sizes of pictures, patches and captions.
+        seed: of order, crops and the choice among several captions.
+        superpixels: make the patch labels here; False leaves them to the training device.
+    """
+
+    def __init__(
+        self,
+        source: ImageTextSource,
+        data: DataConfig,
+        model: SegCLIPConfig,
+        seed: int,
+        superpixels: bool = True,
+    ) -> None:
         self.source, self.data, self.model, self.seed = source, data, model, seed
+        self.labels = PatchLabels(data.superpixels, model.vision.patch_size) if superpixels else None
         self.tokenize = tokenizer_for(model.text)
         # The paper's runs read captions of 32 tokens, evaluation 77.
         self.tokens = min(model.text.context_length, 32)
@@ -122,37 +146,31 @@ class PairDataset(Dataset[Sample]):
         return self._cache[index]
 
     def prepare(self, raw: RawSample, position: int) -> Sample:
-        """Crop, superpixels on the crop, patch labels, tokens."""
-        vision, data = self.model.vision, self.data
+        """Random crop, patch labels from the pseudo-labels, one caption as tokens."""
+        rng = random.Random(f"{self.seed}-{position}")
         height, width = raw.image.shape[:2]
         box = (0, 0, height, width)
-        if data.crop_area != (1, 1):
-            box = crop_box(height, width, data.crop_area, random.Random(f"{self.seed}-{position}"))
-        crop = resized_crop(raw.image, box, vision.image_size)
-        segments = felzenszwalb(
-            crop,
-            scale=data.superpixel_scale,
-            sigma=data.superpixel_sigma,
-            min_size=data.superpixel_min_size,
-            threads=1,
-        )
-        labels = patch_labels(torch.from_numpy(segments)[None], vision.patch_size, how=data.patch_label)[0]
+        if self.data.crop_area != (1, 1):
+            box = crop_box(height, width, self.data.crop_area, rng)
+        crop = resized_crop(raw.image, box, self.model.vision.image_size)  # (S, S, 3)
+        caption = rng.choice(raw.captions) if raw.captions else raw.caption
         return Sample(
-            normalise(crop),
-            self.tokenize([raw.caption], self.tokens)[0],
-            labels,
+            torch.from_numpy(np.array(crop.transpose(2, 0, 1), order="C")),
+            self.tokenize([caption], self.tokens)[0],
+            self.labels.of_crop(raw, box, crop) if self.labels else None,
             frozenset(raw.content),
             frozenset(raw.mentioned),
-            raw.caption,
+            caption,
         )
 
 
-def collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample]) -> LoadedBatch:
     """Stack samples and find which captions also hold for which images."""
-    return Batch(
-        torch.stack([sample.image for sample in samples]),
+    labels = [sample.superpixels for sample in samples if sample.superpixels is not None]
+    return LoadedBatch(
+        torch.stack([sample.pixels for sample in samples]),
         torch.stack([sample.tokens for sample in samples]),
-        torch.stack([sample.superpixels for sample in samples]),
+        torch.stack(labels) if labels else None,
         caption_holds(samples),
     )
 
@@ -176,7 +194,7 @@ def caption_holds(samples: list[Sample]) -> Tensor:
 
 def batches(
     dataset: PairDataset, batch_size: int, start: int, stop: int, pin: bool = False
-) -> Iterator[Batch]:
+) -> Iterator[LoadedBatch]:
     """The batches of steps `start` to `stop` - 1, prepared by the configured number of workers."""
     workers = dataset.data.workers
     loader = DataLoader(

@@ -23,6 +23,9 @@ class RawSample:
         content: every concept known to be visible in the image (empty when unknown).
         mentioned: the concepts that the caption names (empty when unknown). A caption also holds for another
             image when all concepts it mentions are in that image's content.
+        segments: (H, W) integers stored with the image, which pixels belong together (made elsewhere, without
+            annotation), or None. The superpixel loss can take them in place of superpixels.
+        captions: all captions where there are several; training draws one of them each time.
     """
 
     image: np.ndarray
@@ -30,6 +33,8 @@ class RawSample:
     mask: np.ndarray | None = None
     content: tuple[str, ...] = ()
     mentioned: tuple[str, ...] = ()
+    segments: np.ndarray | None = None
+    captions: tuple[str, ...] = ()
 
 
 class ImageTextSource(Protocol):

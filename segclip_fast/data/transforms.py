@@ -1,4 +1,7 @@
-"""From stored pictures to network input: random resized crop and CLIP's normalisation."""
+"""From stored pictures to network input: random resized crop and CLIP's normalisation.
+
+Shapes: H W pixels, S side of the training crop.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,19 @@ ATTEMPTS = 10
 
 def normalise(image: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 or [0, 255] float RGB to (3, H, W) float32, CLIP mean and deviation."""
-    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).to(torch.float32)
-    mean = 255.0 * torch.tensor(CLIP_MEAN)[:, None, None]
-    return (pixels - mean) / (255.0 * torch.tensor(CLIP_STD)[:, None, None])
+    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
+    return standardise(pixels, *pixel_statistics(pixels.device))
+
+
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of CLIP's pixels in 0..255, each (3, 1, 1) float32 on `device`."""
+    mean, deviation = (255.0 * torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return mean.to(device), deviation.to(device)
+
+
+def standardise(pixels: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 or [0, 255] float to float32; the same bits on every device."""
+    return (pixels.to(torch.float32) - mean) / deviation
 
 
 def crop_box(
@@ -56,3 +69,17 @@ def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -
         return image[top : top + height, left : left + width]
     picture = Image.fromarray(image).crop((left, top, left + width, top + height))
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def cut_segments(segments: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """Cut (top, left, height, width) out of an (H, W) label map, nearest neighbour to (size, size).
+
+    The release's rule: output pixel i shows source pixel floor(i * height / size), and a box of less than two
+    pixels in a direction gives the whole map. (Its boxes are fractions of the picture, which int(x0 * W) and
+    ceil(x1 * W) turn back into this box.)
+    """
+    top, left, height, width = box
+    if min(height, width) >= 2:
+        segments = segments[top : top + height, left : left + width]
+    rows, columns = (np.arange(size) * extent // size for extent in segments.shape)
+    return segments[rows[:, None], columns]

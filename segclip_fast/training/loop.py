@@ -6,20 +6,20 @@ therefore repeats the uninterrupted one bit for bit on the CPU.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import SegCLIPConfig, TrainConfig, to_dict
-from ..data.pipeline import Batch, PairDataset, batches, make_source
+from ..data.pipeline import PairDataset, batches, make_held_out, make_source
+from ..data.pseudo_labels import PatchLabels, labels_on_device
 from ..data.sample import ImageTextSource
 from ..interop.checkpoint import load as load_model
 from ..interop.files import write_whole
@@ -29,6 +29,7 @@ from . import checkpoint
 from .log import FILE as LOG
 from .log import RunLog
 from .optim import apply_step, build_optimizer
+from .prefetch import Batch, Prefetcher
 
 CONFIG, FINAL = "train.json", "model"
 GIVE_UP_AFTER = 10  # steps in a row with a loss that is not finite
@@ -36,6 +37,7 @@ GIVE_UP_AFTER = 10  # steps in a row with a loss that is not finite
 FREE_ON_RESUME = (
     "output",
     "device",
+    "data.superpixels.where",  # the labels are the same
     "eval_every",
     "eval_images",
     "save_every",
@@ -54,6 +56,8 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
 
     Raises:
         ValueError: settings that do not fit together, or a resumed run whose settings differ.
+        FileNotFoundError: the data are not where the settings say.
+        NotImplementedError: superpixels asked for on a device that cannot make them.
         FileExistsError: the output folder is not empty and neither resume nor overwrite is set.
         FloatingPointError: ten steps in a row without a finite loss.
     """
@@ -62,8 +66,11 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
         raise ValueError(f"WORLD_SIZE: expected 1 process, got {os.environ['WORLD_SIZE']}")
     torch.manual_seed(config.seed)
     model = initial_model(config)
-    dataset = PairDataset(make_source(config.data, model.config), config.data, model.config, config.seed)
-    held_out = make_source(dataclasses.replace(config.data, samples=config.eval_images), model.config, "val")
+    superpixels = config.data.superpixels
+    in_workers = not labels_on_device(superpixels, device)
+    source = make_source(config.data, model.config)
+    dataset = PairDataset(source, config.data, model.config, config.seed, superpixels=in_workers)
+    held_out = make_held_out(config.data, model.config, config.eval_images)
 
     run = Path(config.output)
     prepare_folder(run, config)
@@ -76,7 +83,8 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
         start = saved[-1].step
 
     with RunLog(run, start, config.steps, config.quiet) as log:
-        stream = batches(dataset, config.batch_size, start, config.steps, pin=device.type == "cuda")
+        loader = batches(dataset, config.batch_size, start, config.steps, pin=device.type == "cuda")
+        stream = Prefetcher(loader, device, PatchLabels(superpixels, model.config.vision.patch_size))
         failures = 0
         for step in range(start + 1, config.steps + 1):
             losses, values = take_step(model, optimizer, stream, config, step)
@@ -91,7 +99,8 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
                 on_step(step, losses)
             if step % config.save_every == 0 or step == config.steps:
                 checkpoint.save(run, step, model, optimizer)
-            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+            due = step == config.steps or (config.eval_every and step % config.eval_every == 0)
+            if due and held_out is not None:
                 log.evaluation(step, evaluate(model, held_out))
     model.eval()
     model.save_pretrained(run / FINAL, overwrite=True)
@@ -101,7 +110,7 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
 def take_step(
     model: SegCLIP,
     optimizer: torch.optim.Optimizer,
-    stream: Iterator[Batch],
+    stream: Prefetcher,
     config: TrainConfig,
     step: int,
 ) -> tuple[Losses, dict[str, Any]]:
@@ -110,14 +119,14 @@ def take_step(
     Returns:
         The losses, and what the log says of the step.
     """
-    start = time.perf_counter()
-    batch = next(stream).to(model.logit_scale.device)
-    waited = time.perf_counter() - start
+    start, waited = time.perf_counter(), stream.seconds
+    batch = next(stream)
     losses = forward(model, batch, config, step)
     finite = bool(torch.isfinite(losses.total))
     norm = None
     if finite:
         losses.total.backward()
+        stream.prefetch()  # while the device is busy with the gradients
         norm = apply_step(model, optimizer, config.optim, step, config.steps)
     return losses, {
         **({name: value.item() for name, value in losses.named().items()} if finite else {}),
@@ -126,7 +135,7 @@ def take_step(
         "lr": max(group["lr"] for group in optimizer.param_groups),
         "logit_scale": model.logit_scale.item(),
         "images_per_second": config.batch_size / (time.perf_counter() - start),
-        "data_seconds": waited,
+        "data_seconds": stream.seconds - waited,
     }
 
 
@@ -219,7 +228,7 @@ def prepare_folder(run: Path, config: TrainConfig) -> None:
         raise ValueError(f"output: expected a run folder with {CONFIG}, got {run} with other files")
     if occupied and config.resume:
         different = _differences(json.loads((run / CONFIG).read_text()), values)
-        different = [name for name in different if name.split(".")[0] not in FREE_ON_RESUME]
+        different = [name for name in different if not {name, name.split(".")[0]} & set(FREE_ON_RESUME)]
         if different:
             raise ValueError(f"resume: expected the settings of the run in {run}, got other {different}")
         return

@@ -11,6 +11,7 @@ from ..config import (
     OptimConfig,
     ReconstructionConfig,
     SegCLIPConfig,
+    SuperpixelConfig,
     TextConfig,
     TrainConfig,
     VisionConfig,
@@ -18,12 +19,16 @@ from ..config import (
     vit_b16,
 )
 
+# The paper's 224, 0.9 and 224 at 224 x 224 pixels, scaled to 64 x 64.
+SMALL_PICTURES = SuperpixelConfig(scale=64.0, sigma=0.6, min_size=24)
+
 
 def paper() -> TrainConfig:
-    """The paper's recipe from CLIP ViT-B/16; its data (CC3M and COCO) need sources still to come."""
+    """The paper's recipe from CLIP ViT-B/16; bring the pictures and captions as a folder (--data.root)."""
     return TrainConfig(
         output="runs/paper",
         model=vit_b16(),
+        data=DataConfig(source="folder", workers=8),
         init="clip:ViT-B-16-quickgelu:openai",
         batch_size=768,  # 96 x 8 GPUs
         steps=44_000,  # 10 epochs of about 3.4M pairs
@@ -42,10 +47,7 @@ def scenes() -> TrainConfig:
             source="scenes",
             samples=8192,
             crop_area=(1.0, 1.0),
-            # The paper's 224 at 224 x 224 pixels, scaled to the area of 64 x 64.
-            superpixel_scale=64.0,
-            superpixel_sigma=0.6,
-            superpixel_min_size=24,
+            superpixels=SMALL_PICTURES,
             cache=True,
         ),
         optim=OptimConfig(lr=2e-3, lower_lr=2e-3),
@@ -67,9 +69,7 @@ def stamps() -> TrainConfig:
             reconstruction=ReconstructionConfig(decoder_width=96, decoder_layers=1, decoder_heads=4),
         ),
         loss=LossConfig(superpixel_kl=0.1, mask_false_negatives=True),
-        data=DataConfig(
-            source="stamps", samples=8192, superpixel_scale=64.0, superpixel_sigma=0.6, superpixel_min_size=24
-        ),
+        data=DataConfig(source="stamps", samples=8192, superpixels=SMALL_PICTURES),
         optim=OptimConfig(lr=1e-3, lower_lr=1e-3),
         steps=1000,
         batch_size=32,

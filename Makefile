@@ -31,7 +31,7 @@ lint: install ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(CSRC))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(CSRC)) tests/*.cpp
 
 wheel: install ## sdist and wheel in dist/, each tried in an empty environment
 	rm -rf dist
@@ -46,6 +46,8 @@ bench: install demo/report.json ## timings of this machine's CPU into benchmarks
 	mkdir -p build
 	SEGCLIP_BENCH_DEVICE=cpu $(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=build/benchmarks.json
 	$(BIN)/python benchmarks/flops.py
+	$(BIN)/python benchmarks/superpixel_counts.py
+	$(BIN)/python benchmarks/superpixel_agreement.py
 	$(BIN)/python benchmarks/report.py --benchmarks build/benchmarks.json --demo demo/report.json $(TABLES)
 
 demo/report.json:
@@ -59,7 +61,7 @@ PYTHON_BIN = $(abspath $(dir $(shell command -v $(PYTHON))))
 GPU = PATH="$(CURDIR)/build/site/bin:$(PYTHON_BIN):$$PATH" PYTHONPATH="$(CURDIR)/build/site" PYTHONSAFEPATH=1 \
   COMMIT="$(COMMIT)" $(PYTHON)
 PIP_OFFLINE = -m pip install --quiet --no-index --no-deps --upgrade --target build/site
-TABLES = --readme README.md --performance docs/performance.md
+TABLES = --readme README.md --performance docs/performance.md --superpixels docs/superpixels.md
 
 gpu: ## on a machine with a GPU, offline: CUDA build, GPU tests, benchmarks into benchmarks/results/<gpu>.json
 	mkdir -p build/site
@@ -69,6 +71,5 @@ gpu: ## on a machine with a GPU, offline: CUDA build, GPU tests, benchmarks into
 	WITH_CUDA=on $(GPU) $(PIP_OFFLINE) --no-build-isolation .
 	status=0; \
 	$(GPU) -m pytest -m gpu tests || status=$$?; \
-	SEGCLIP_BENCH_DEVICE=cuda $(GPU) -m pytest benchmarks/ --ignore=benchmarks/bench_felzenszwalb.py \
-	  --benchmark-only --benchmark-json=build/gpu.json || status=$$?; \
+	SEGCLIP_BENCH_DEVICE=cuda $(GPU) -m pytest benchmarks/ --benchmark-only --benchmark-json=build/gpu.json || status=$$?; \
 	COMMIT="$(COMMIT)" $(PYTHON) benchmarks/report.py --benchmarks build/gpu.json $(TABLES) && exit $$status

@@ -2,10 +2,11 @@
 
     pytest benchmarks/ --benchmark-only --benchmark-json=out.json
     python benchmarks/report.py --benchmarks out.json --demo demo/report.json \
-        --readme README.md --performance docs/performance.md
+        --readme README.md --performance docs/performance.md --superpixels docs/superpixels.md
 
 A given run replaces its file in benchmarks/results/: cpu_ops.json or the GPU's own, cpu_demo.json. What is
-not given is taken as stored; operations.json comes from flops.py. Needs neither torch nor a GPU.
+not given is taken as stored; operations.json comes from flops.py, superpixel_*.json from the script of that
+name. Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from typing import Any
 
 from harness.machine import commit, slug
 from reporting.performance import floor_tables, operations_table
+from reporting.superpixel_counts import counts_table
+from reporting.superpixels import agreement_table
 from reporting.tables import demo_table, felzenszwalb_table, gpu_tables, ops_table
 
 RESULTS = Path(__file__).parent / "results"
 OPS, DEMO, OPERATIONS = "cpu_ops.json", "cpu_demo.json", "operations.json"
-MARKERS = {  # of the README, then of docs/performance.md
+AGREEMENT, COUNTS = "superpixel_agreement.json", "superpixel_counts.json"
+MARKERS = {  # of the README, docs/performance.md and docs/superpixels.md
     "results": ("<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"),
     "operations": ("<!-- operations: written by benchmarks/report.py -->", "<!-- end of operations -->"),
     "floors": ("<!-- floors: written by benchmarks/report.py -->", "<!-- end of floors -->"),
+    "agreement": ("<!-- agreement: written by benchmarks/report.py -->", "<!-- end of agreement -->"),
+    "counts": ("<!-- counts: written by benchmarks/report.py -->", "<!-- end of counts -->"),
 }
 
 
@@ -35,6 +41,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="report.json of a new demonstration")
     parser.add_argument("--readme", type=Path, help="write its tables into this file, else print them")
     parser.add_argument("--performance", type=Path, help="write its tables into this file")
+    parser.add_argument("--superpixels", type=Path, help="write its tables into this file")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the stored runs")
     options = parser.parse_args()
     if options.benchmarks:
@@ -51,6 +58,9 @@ def main() -> None:
     if options.performance is not None:
         operations = operations_table(stored.get(OPERATIONS))
         fill(options.performance, {"operations": operations, "floors": floor_tables(stored)})
+    if options.superpixels is not None:
+        agreement, counts = agreement_table(stored.get(AGREEMENT)), counts_table(stored.get(COUNTS))
+        fill(options.superpixels, {"agreement": agreement, "counts": counts})
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -90,7 +100,7 @@ def condense(run: dict[str, Any]) -> dict[str, Any]:
     common: dict[str, Any] = {}
     for entry in entries:  # the same for all: kept once
         for name in ("commit", "versions", "device", "device_name", "threads"):
-            if name in entry and "op" in entry:
+            if name in entry and ("op" in entry or name.startswith("device")):
                 common.setdefault(name, entry.pop(name))
     gpu = common.get("device") == "cuda"
     return {

@@ -72,6 +72,29 @@ def fake_run(device="cuda"):
     return run
 
 
+def superpixels(implementation, median, images, device="cuda"):
+    facts = {"images": images, "implementation": implementation}
+    facts |= {"device": "cuda", "device_name": "NVIDIA H200"} if device == "cuda" else {}
+    return {
+        "group": f"felzenszwalb paper, batch of {images}",
+        "name": f"test_batch[{implementation}]",
+        "stats": {"median": median / 1e3, "iqr": 0.0, "rounds": 5},
+        "extra_info": facts,
+    }
+
+
+def test_superpixels_on_a_gpu():
+    run = fake_run()
+    run["benchmarks"] += [superpixels("cuda float64", 4.0, 256), superpixels("cuda float32", 3.2, 256)]
+    text = report.readme_tables({"nvidia-h200.json": report.condense(run)})
+    assert "Superpixels: `make gpu` on NVIDIA H200" in text
+    assert "| felzenszwalb paper, batch of 256 | cuda float64 | 0.0156 | 1.25 |" in text
+    assert "Superpixels of a batch: 1.5% of a training step (B 96, bf16)" in text
+    alone = {**run, "benchmarks": run["benchmarks"][-2:]}
+    assert report.file_name(report.condense(alone)) == "nvidia-h200.json"  # not the CPU's file
+    assert "training step" not in report.readme_tables({"nvidia-h200.json": report.condense(alone)})
+
+
 def test_a_run_is_condensed_under_its_gpus_name(tmp_path):
     run = report.condense(fake_run())
     assert report.file_name(run) == "nvidia-h200.json"
@@ -141,7 +164,10 @@ def test_report_fills_between_the_markers(tmp_path):
     readme.write_text("before\n" + "\nold\n".join(report.MARKERS["results"]) + "\nafter\n")
     page.write_text("\n".join([*report.MARKERS["operations"], *report.MARKERS["floors"]]))
     command = [sys.executable, ROOT / "benchmarks/report.py", "--benchmarks", tmp_path / "run.json"]
+    superpixels = tmp_path / "superpixels.md"
+    superpixels.write_text("\n".join([*report.MARKERS["agreement"], *report.MARKERS["counts"]]))
     command += ["--readme", readme, "--performance", page, "--results", tmp_path / "results"]
+    command += ["--superpixels", superpixels]
     subprocess.run(command, check=True, cwd=tmp_path)
     text = readme.read_text()
     assert text.startswith("before\n")
@@ -149,6 +175,7 @@ def test_report_fills_between_the_markers(tmp_path):
     assert "old" not in text
     assert "group_assign" in text
     assert "### NVIDIA H200" in page.read_text()
+    assert superpixels.read_text().count("Not counted yet") == 2
     assert (tmp_path / "results/nvidia-h200.json").exists()
     readme.write_text("no markers")
     assert subprocess.run(command, check=False, cwd=tmp_path, capture_output=True).returncode != 0
@@ -158,6 +185,8 @@ def test_the_pages_have_their_markers():
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/performance.md").read_text()
     assert all(marker in readme for marker in report.MARKERS["results"])
     assert all(marker in page for name in ("operations", "floors") for marker in report.MARKERS[name])
+    page = (ROOT / "docs/superpixels.md").read_text()
+    assert all(marker in page for name in ("agreement", "counts") for marker in report.MARKERS[name])
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from harness.captions import TOKENS
@@ -19,12 +21,14 @@ SIDE = 224
 
 
 def photo_paths() -> list[Path]:
-    """Those of the photographs that come with this installation of scikit-image; it may be missing."""
-    try:
-        import skimage
-    except ImportError:
+    """Those of the photographs that come with this installation of scikit-image; it may be missing.
+
+    scikit-image is not imported: its wheel alone, without what it depends on, will do.
+    """
+    found = importlib.util.find_spec("skimage")
+    if found is None or found.origin is None:
         return []
-    folder = Path(skimage.__file__).parent / "data"
+    folder = Path(found.origin).parent / "data"
     return [folder / name for name in PHOTOS if (folder / name).exists()]
 
 
@@ -38,9 +42,7 @@ def crops(count: int) -> tuple[np.ndarray, ...]:
     if not photo_paths():
         blocks = rng.integers(0, 256, (count, 14, 14, 3), dtype=np.uint8)
         return tuple(block.repeat(16, axis=0).repeat(16, axis=1) for block in blocks)
-    from skimage import io
-
-    photos = [io.imread(path)[..., :3] for path in photo_paths()]
+    photos = [np.asarray(Image.open(path).convert("RGB")) for path in photo_paths()]
     found = []
     for i in range(count):
         photo = photos[i % len(photos)]

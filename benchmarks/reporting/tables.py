@@ -40,28 +40,50 @@ def felzenszwalb_table(run: Mapping[str, Any], file: str) -> str:
             groups.setdefault(item["group"], []).append(item)
     if not groups:
         return ""
+    gpu = run.get("device") == "cuda"
+    where = run["device_name"] if gpu else f"{run['cores']} cores of {run['cpu']}"
     rows = []
     for group, items in groups.items():
         fastest = min(item["median_ms"] for item in items)
         rows += [
             cells(
                 group,
-                item["name"].removeprefix("test_"),
-                f"{item['median_ms'] / item['images']:.2f}",
+                item.get("implementation") or item["name"].removeprefix("test_"),
+                figure(item["median_ms"] / item["images"]),
                 f"{item['median_ms'] / fastest:.2f}",
             )
             for item in items
         ]
     return "\n".join(
         [
-            f"`{run['command']}` on {run['cores']} cores of {run['cpu']} ([{file}]({LINK}{file})); labels "
-            "are compared before anything is timed.",
+            f"Superpixels: `{run['command']}` on {where} ([{file}]({LINK}{file})); labels are compared "
+            "before anything is timed ([docs/superpixels.md](docs/superpixels.md)).",
             "",
             *header("benchmark", "implementation", "ms per image", "over the fastest"),
             *rows,
             "",
+            *superpixel_shares(run),
         ]
     )
+
+
+def superpixel_shares(run: Mapping[str, Any]) -> list[str]:
+    """What the superpixels of a training step's batch cost beside the step, where both ran on a GPU."""
+    on_gpu = [item for item in run["benchmarks"] if item.get("implementation") == "cuda float64"]
+    if not on_gpu:
+        return []
+    largest = max(on_gpu, key=lambda item: item["images"])
+    each = largest["median_ms"] / largest["images"]
+    lines = []
+    for row in rows_of(run):
+        step = row.ms("fast")
+        if row.direction == "step" and step is not None:
+            batch = row.first()["shape"]["B"]
+            share = each * batch / step
+            lines.append(
+                f"- Superpixels of a batch: {share:.1%} of a training step ({row.size}, {row.dtype})"
+            )
+    return [*lines, ""]
 
 
 def ops_table(run: Mapping[str, Any], file: str) -> str:
@@ -93,7 +115,8 @@ def ops_table(run: Mapping[str, Any], file: str) -> str:
 def gpu_tables(stored: Mapping[str, Mapping[str, Any]]) -> str:
     """One table per GPU, or that there is none."""
     runs = {name: run for name, run in stored.items() if run.get("device") == "cuda"}
-    return "\n".join(ops_table(run, name) for name, run in runs.items()) if runs else NO_GPU + "\n"
+    tables = [table(run, name) for name, run in runs.items() for table in (felzenszwalb_table, ops_table)]
+    return "\n".join(tables) if runs else NO_GPU + "\n"
 
 
 def bandwidth(row: Row, ceilings: Ceilings) -> str:

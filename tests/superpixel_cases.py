@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage.segmentation
-from skimage import io
 
 PAPER = {"scale": 224.0, "sigma": 0.9, "min_size": 224}  # SegCLIP's superpixels
 MIDDLE = {"scale": 100.0, "sigma": 0.8, "min_size": 20}
@@ -27,6 +25,9 @@ def pictures() -> dict[str, np.ndarray]:
 
     Files with several pages are taken apart: `name[page]`. Alpha channels are kept.
     """
+    skimage = pytest.importorskip("skimage")
+    from skimage import io
+
     found = {}
     for path in sorted((Path(skimage.__file__).parent / "data").iterdir()):
         if path.suffix not in SUFFIXES:
@@ -48,6 +49,22 @@ def crops(count: int, side: int, seed: int) -> Iterator[np.ndarray]:
         y, x = (int(rng.integers(0, n - side + 1)) for n in picture.shape[:2])
         crop = picture[y : y + side, x : x + side]
         yield np.ascontiguousarray(crop[..., :3] if crop.ndim == 3 else crop)
+
+
+def drawn(count: int, side: int, seed: int) -> np.ndarray:
+    """(count, side, side, 3) uint8 pictures that need no files: shaded discs on a ground, with noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] / side
+    found = np.empty((count, side, side, 3), np.uint8)
+    for picture in found:
+        values = np.zeros((side, side, 3))
+        for disc in range(12):
+            cy, cx, radius = rng.random(3)
+            inside = ((y - cy) ** 2 + (x - cx) ** 2 < (radius / 3) ** 2)[..., None] | (disc == 0)
+            shade = rng.random(3) * 150 + 60 * (y * rng.random() + x * rng.random())[..., None]
+            values = np.where(inside, shade, values)
+        picture[:] = (values + rng.normal(0, rng.choice([0, 2, 8]), values.shape)).clip(0, 255)
+    return found
 
 
 def adversarial(seed: int) -> tuple[np.ndarray, dict[str, float]]:
@@ -77,6 +94,7 @@ def adversarial(seed: int) -> tuple[np.ndarray, dict[str, float]]:
 
 def skimage_stable(image: np.ndarray, **setting: float) -> np.ndarray:
     """scikit-image with a stable argsort; the default one orders ties as the CPU's SIMD sort happens to."""
+    segmentation = pytest.importorskip("skimage.segmentation")
     plain = np.argsort
 
     def stable(a, *args, **kwargs):
@@ -85,4 +103,4 @@ def skimage_stable(image: np.ndarray, **setting: float) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # more than 3 channels
         patch.setattr(np, "argsort", stable)
-        return skimage.segmentation.felzenszwalb(image, **setting)
+        return segmentation.felzenszwalb(image, **setting)

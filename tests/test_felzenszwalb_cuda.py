@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from superpixel_cases import MIDDLE, PAPER, SETTINGS, adversarial, crops
+from superpixel_cases import MIDDLE, PAPER, SETTINGS, adversarial, crops, drawn
 
 from segclip_fast.ops import felzenszwalb, felzenszwalb_cuda, patch_labels, patch_labels_ref
 from segclip_fast.ops.felzenszwalb import PRECISIONS
@@ -28,12 +28,20 @@ def check(batch, setting, case=""):
         assert torch.equal(found.cpu(), expected), f"{case} {precision} {setting}"
 
 
+def pictures(count, side, seed):
+    """(count, 3, side, side) uint8; needs no files."""
+    return torch.from_numpy(drawn(count, side, seed)).permute(0, 3, 1, 2).contiguous()
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_crops(setting):
-    images = torch.cat(
-        [as_batch(c if c.ndim == 3 else c[..., None].repeat(3, -1)) for c in crops(300, 224, 0)]
-    )
-    check(images, SETTINGS[setting])
+def test_crops_of_photographs(setting):
+    colour = [crop if crop.ndim == 3 else np.stack([crop] * 3, axis=-1) for crop in crops(300, 224, 0)]
+    check(torch.cat([as_batch(crop) for crop in colour]), SETTINGS[setting])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_drawn_pictures(setting):
+    check(pictures(64, 224, 0), SETTINGS[setting])
 
 
 def test_adversarial_images():
@@ -45,7 +53,7 @@ def test_adversarial_images():
 
 @pytest.mark.parametrize("side", [256, 257, 300])
 def test_sizes_around_what_shared_memory_holds(side):
-    check(torch.cat([as_batch(c[..., :1] if c.ndim == 3 else c) for c in crops(4, side, 1)]), MIDDLE)
+    check(pictures(4, side, 1), MIDDLE)
 
 
 def test_large_image():
@@ -77,20 +85,20 @@ def test_layouts_and_dtypes():
 
 
 def test_batch_in_parts(monkeypatch):
-    images = torch.cat([as_batch(c[..., :1] if c.ndim == 3 else c) for c in crops(7, 96, 2)])
+    images = pictures(7, 96, 2)
     expected = felzenszwalb(images, **PAPER)
     monkeypatch.setattr(felzenszwalb_cuda, "WORKSPACE_BYTES", 3 << 20)
     assert torch.equal(felzenszwalb(images.to(CUDA), **PAPER).cpu(), expected)
 
 
 def test_same_labels_every_run():
-    images = torch.cat([as_batch(c[..., :1] if c.ndim == 3 else c) for c in crops(64, 224, 3)]).to(CUDA)
+    images = pictures(64, 224, 3).to(CUDA)
     first = felzenszwalb(images, **PAPER)
     assert all(torch.equal(felzenszwalb(images, **PAPER), first) for _ in range(10))
 
 
 def test_wide_blur():
-    check(as_batch(next(crops(1, 96, 4))), {"scale": 50.0, "sigma": 40.0, "min_size": 5})
+    check(pictures(1, 96, 4), {"scale": 50.0, "sigma": 40.0, "min_size": 5})
 
 
 def test_images_that_are_not_finite_get_minus_one():

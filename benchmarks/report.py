@@ -4,9 +4,9 @@
     python benchmarks/report.py --benchmarks out.json --demo demo/report.json \
         --readme README.md --performance docs/performance.md --superpixels docs/superpixels.md
 
-A given run replaces its file in benchmarks/results/: cpu_ops.json or the GPU's own, cpu_demo.json. What is
-not given is taken as stored; operations.json comes from flops.py, superpixel_*.json from the script of that
-name. Needs neither torch nor a GPU.
+A given run replaces its file in benchmarks/results/: cpu_ops.json, cpu_ops_avx512.json for CPUs with AVX-512,
+the GPU's own, cpu_demo.json. What is not given is taken as stored; operations.json comes from flops.py,
+superpixel_*.json from the script of that name. Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from reporting.superpixels import agreement_table
 from reporting.tables import demo_table, felzenszwalb_table, gpu_tables, ops_table
 
 RESULTS = Path(__file__).parent / "results"
-OPS, DEMO, OPERATIONS = "cpu_ops.json", "cpu_demo.json", "operations.json"
+OPS, OPS_AVX512, DEMO, OPERATIONS = (
+    "cpu_ops.json",
+    "cpu_ops_avx512.json",
+    "cpu_demo.json",
+    "operations.json",
+)
 AGREEMENT, COUNTS = "superpixel_agreement.json", "superpixel_counts.json"
 MARKERS = {  # of the README, docs/performance.md and docs/superpixels.md
     "results": ("<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"),
@@ -73,8 +78,12 @@ def readme_tables(stored: dict[str, dict[str, Any]]) -> str:
     parts = []
     if DEMO in stored:
         parts.append(demo_table(stored[DEMO], DEMO))
-    if OPS in stored:
-        parts += [felzenszwalb_table(stored[OPS], OPS), ops_table(stored[OPS], OPS)]
+    parts += [
+        table(stored[name], name)
+        for table in (felzenszwalb_table, ops_table)
+        for name in (OPS, OPS_AVX512)
+        if name in stored
+    ]
     parts.append(gpu_tables(stored))
     return "\n".join(part for part in parts if part)
 
@@ -103,10 +112,11 @@ def condense(run: dict[str, Any]) -> dict[str, Any]:
             if name in entry and ("op" in entry or name.startswith("device")):
                 common.setdefault(name, entry.pop(name))
     gpu = common.get("device") == "cuda"
+    wide = "avx512f" in cpu.get("flags", ())  # products in float32 depend on it
     return {
         "command": "make gpu" if gpu else "pytest benchmarks/ --benchmark-only",
         "commit": commit(),
-        "cpu": cpu.get("brand_raw", "unknown"),
+        "cpu": cpu.get("brand_raw", "unknown") + (" with AVX-512" if wide else ""),
         "cores": cpu.get("count"),
         "python": run["machine_info"]["python_version"],
         **common,
@@ -125,8 +135,10 @@ def condense(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_name(run: dict[str, Any]) -> str:
-    """Where a condensed run is stored: cpu_ops.json, or the GPU's name."""
-    return f"{slug(run['device_name'])}.json" if run.get("device") == "cuda" else OPS
+    """Where a condensed run is stored: the GPU's name, or cpu_ops.json, CPUs with AVX-512 apart."""
+    if run.get("device") == "cuda":
+        return f"{slug(run['device_name'])}.json"
+    return OPS_AVX512 if run["cpu"].endswith("AVX-512") else OPS
 
 
 def store(path: Path, values: dict[str, Any]) -> None:

@@ -14,12 +14,20 @@ PACKAGES = ("torch", "triton", "xformers", "open_clip_torch", "numpy", "scikit-i
 
 
 def commit() -> str:
-    """The checkout's commit, marked if the tree has changes; COMMIT where there is no git to ask."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The checkout's commit, marked if the tree has changes; COMMIT where there is no git to ask.
+
+    Changes of what a run itself writes, results and the pages with their tables, do not count.
+    """
+    written = [f":!{path}" for path in ("benchmarks/results", "docs", "README.md")]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        name = _git("describe", "--always", "--abbrev=12")
+        return name + ("-dirty" if _git("status", "--porcelain", "--", ".", *written) else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT") or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

@@ -196,6 +196,7 @@ def test_gpu_stream_semantics(tmp_path):
 @pytest.mark.gpu
 def test_gpu_training_takes_superpixels_on_the_device(tmp_path):
     """The default there; the run equals one whose workers made them."""
+    pytest.importorskip("tqdm")
     for where in ("auto", "workers"):
         train(at(quick(tmp_path / where, device="cuda", precision="fp32"), where))
     left, right = ([entry["total"] for entry in read_log(tmp_path / where)] for where in ("auto", "workers"))

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from ..interop.files import write_whole
 
 FILE = "log.jsonl"
@@ -44,6 +42,8 @@ class RunLog:
         write_whole(run / FILE, lambda path: path.write_text("".join(kept)))
         self.file = (run / FILE).open("a")
         interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds; a log file wants few lines
+        from tqdm import tqdm
+
         self.bar = tqdm(
             total=steps, initial=start, disable=quiet, dynamic_ncols=True, unit="step", mininterval=interval
         )

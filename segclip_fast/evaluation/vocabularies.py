@@ -32,7 +32,7 @@ class Vocabulary:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return (BACKGROUND, *(name.strip() for name in text.replace("\n", " ").split(",")))
+    return (BACKGROUND, *(" ".join(name.split()) for name in text.split(",")))
 
 
 VOC = Vocabulary(

@@ -78,3 +78,16 @@ def test_extension_rejects_what_the_op_would_not_pass():
         _C.felzenszwalb(np.zeros((4, 4, 3)), 1.0, 0.8, 20, 1)
     with pytest.raises(ValueError, match="felzenszwalb: image is empty"):
         _C.felzenszwalb(np.zeros((1, 0, 4, 3)), 1.0, 0.8, 20, 1)
+
+
+@pytest.mark.skipif(not (ROOT / "tests").exists(), reason="needs the repository")
+def test_the_tests_of_a_gpu_collect_where_little_is_installed():
+    # `make gpu` uses a machine's own Python; one test file that does not import would stop all of them.
+    missing = ["skimage", "scipy", "open_clip", "xformers", "cv2", "tyro", "matplotlib", "tqdm"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+        "import pytest; sys.exit(pytest.main(['-m', 'gpu', '--collect-only', 'tests']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "test_felzenszwalb_cuda.py" in done.stdout

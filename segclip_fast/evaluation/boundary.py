@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from ..data.sample import IGNORE_LABEL
 
@@ -100,6 +99,8 @@ def _f_measure(predicted: np.ndarray, actual: np.ndarray, radius: float) -> floa
 
 def _outline(mask: np.ndarray) -> np.ndarray:
     """Pixels of a (H, W) bool mask with one of their four neighbours outside it."""
+    from scipy import ndimage
+
     return mask & ~ndimage.binary_erosion(mask, border_value=1)
 
 
@@ -107,6 +108,8 @@ def _share_near(points: np.ndarray, others: np.ndarray, radius: float) -> float:
     """Share of the pixels of `points` that have one of `others` within `radius`; 0 if either is empty."""
     if not points.any() or not others.any():
         return 0.0
+    from scipy import ndimage
+
     distance = ndimage.distance_transform_edt(~others)
     return float((distance[points] <= radius).mean())
 

@@ -105,7 +105,9 @@ SEGCLIP_DEVICE void unite(uint32_t* parent, uint32_t x, uint32_t y) {
       x = y;
       y = other;
     }
-    if (atomic_replace(parent + x, x, y)) return;  // x was still a root
+    const uint32_t found = atomic_replace(parent + x, x, y);
+    if (found == x) return;
+    x = found;  // x is no root any more: go on from its parent, which is smaller, so that this ends
   }
 }
 

@@ -114,9 +114,9 @@ SEGCLIP_DEVICE void atomic_max(T* p, T value) {
   atomicMax(reinterpret_cast<NativeOf<T>*>(p), static_cast<NativeOf<T>>(value));
 }
 
-// True when *p was `expected` and is `desired` now.
-SEGCLIP_DEVICE bool atomic_replace(uint32_t* p, uint32_t expected, uint32_t desired) {
-  return atomicCAS(p, expected, desired) == expected;
+// Writes `desired` if *p is `expected`; returns what it was.
+SEGCLIP_DEVICE uint32_t atomic_replace(uint32_t* p, uint32_t expected, uint32_t desired) {
+  return atomicCAS(p, expected, desired);
 }
 
 SEGCLIP_DEVICE int count_bits(uint32_t x) { return __popc(x); }
@@ -253,8 +253,9 @@ void atomic_max(T* p, T value) {
   }
 }
 
-inline bool atomic_replace(uint32_t* p, uint32_t expected, uint32_t desired) {
-  return __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+inline uint32_t atomic_replace(uint32_t* p, uint32_t expected, uint32_t desired) {
+  __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;  // holds what was found if that was something else
 }
 
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }

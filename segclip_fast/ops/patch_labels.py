@@ -71,34 +71,23 @@ def _smallest_mode(cells: Tensor) -> Tensor:
 # --- the compiled op
 
 
-def _patch_labels_cpu(labels: Tensor, patch: int, mean: bool) -> Tensor:
+def _patch_labels(labels: Tensor, patch: int, mean: bool) -> Tensor:
     try:
         compiled = extension()
     except ImportError:
         _announce_twin("the compiled extension is missing")
         return _patch_labels_torch(labels, patch, mean)
-    labels = labels if labels.dtype in (torch.int32, torch.int64) else labels.to(torch.int64)
-    maps = labels.detach()
-    maps = maps[None] if labels.ndim == 2 else maps  # (B, H, W)
-    # PyTorch's thread count is 1 in the worker processes of a DataLoader.
-    result = torch.from_numpy(compiled.patch_labels(maps.numpy(), patch, mean, torch.get_num_threads()))
-    return result.reshape(*labels.shape[:-2], *result.shape[-2:])
-
-
-def _patch_labels_cuda(labels: Tensor, patch: int, mean: bool) -> Tensor:
-    try:
-        compiled = extension()
-    except ImportError:
-        _announce_twin("the compiled extension is missing")
-        return _patch_labels_torch(labels, patch, mean)
-    if not compiled.cuda_build()["compiled"]:
+    if labels.is_cuda and not compiled.cuda_build()["compiled"]:
         _announce_twin("the extension was built without CUDA")
         return _patch_labels_torch(labels, patch, mean)
-    labels = labels if labels.dtype in (torch.int32, torch.int64) else labels.to(torch.int64)
-    maps = labels.detach()
-    maps = maps[None] if labels.ndim == 2 else maps  # (B, H, W)
-    result = felzenszwalb_cuda.label_patches(compiled, maps, patch, mean)
-    return result.reshape(*labels.shape[:-2], *result.shape[-2:])
+    maps = labels.detach() if labels.ndim == 3 else labels.detach()[None]  # (B, H, W)
+    maps = maps if maps.dtype in (torch.int32, torch.int64) else maps.to(torch.int64)
+    if labels.is_cuda:
+        result = felzenszwalb_cuda.label_patches(compiled, maps, patch, mean)
+    else:  # PyTorch's thread count is 1 in the worker processes of a DataLoader
+        threads = torch.get_num_threads()
+        result = torch.from_numpy(compiled.patch_labels(maps.numpy(), patch, mean, threads))
+    return result if labels.ndim == 3 else result[0]
 
 
 def _patch_labels_fake(labels: Tensor, patch: int, mean: bool) -> Tensor:
@@ -116,8 +105,8 @@ _library = torch.library.Library("segclip_fast", "FRAGMENT")
 _library.define(
     "patch_labels(Tensor labels, int patch, bool mean) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
-_library.impl("patch_labels", _patch_labels_cpu, "CPU")
-_library.impl("patch_labels", _patch_labels_cuda, "CUDA")
+_library.impl("patch_labels", _patch_labels, "CPU")
+_library.impl("patch_labels", _patch_labels, "CUDA")
 torch.library.register_fake("segclip_fast::patch_labels", _patch_labels_fake, lib=_library)
 
 

@@ -97,8 +97,8 @@ def _run_mean(x, first, last, longest, N: tl.constexpr, W: tl.constexpr):
         earlier = _rows(x, tl.maximum(row - reach, 0), N, W)
         x += tl.where((row - reach >= first)[:, None], earlier, 0.0)
         reach *= 2
-    # All rows read their run's last one, so all get the same bits.
-    return _rows(x, last, N, W) * (1.0 / (last - first + 1))[:, None]
+    # All rows read their run's last one, so all get the same bits. Rounded division: the mean of ones is one.
+    return tl.div_rn(_rows(x, last, N, W), (last - first + 1).to(tl.float32)[:, None])
 
 
 @triton.jit

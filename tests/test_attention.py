@@ -265,10 +265,19 @@ def test_refusals_give_reasons(monkeypatch):
     assert "PyTorch refuses" in reason("efficient")
     with sdpa_kernel(SDPBackend.MATH):
         assert "switched off in PyTorch" in reason("flash")
-    module.xformers_ops.cache_clear()
+    caches = (module.xformers_ops, module.xformers_kernels)
+    for cache in caches:
+        cache.cache_clear()
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     assert "xformers is not installed" in reason("xformers")
     module.xformers_ops.cache_clear()
+    module.xformers_kernels.cache_clear()
+    monkeypatch.undo()
+    ops = pytest.importorskip("xformers.ops")
+    monkeypatch.setattr(ops.fmha.cutlass.BwOp, "is_available", lambda: False)
+    assert "built for another torch" in module.xformers_kernels()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
@@ -317,6 +326,28 @@ def test_on_gpu_equals_twin(case, dtype, name):
     compare(run, qkv, causal, lengths, 5e-3 if dtype is torch.float32 else 2e-2)
     if name is None:
         assert _autotune.chosen()[-1].winner is not None
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["flash", "cudnn", "efficient", "math", "xformers", None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_gpu_gradient_of_any_strides(dtype, name):
+    """A dense gradient first, then the slice of a larger one: no kernel may remember the former's strides."""
+    fused = torch.randn(2, 60, 3, 3, 64, dtype=dtype, device="cuda", requires_grad=True)
+    q, k, v = (x[:, :50] for x in fused.unbind(2))  # (2, 50, 3, 64) with the strides of `fused`
+    run = attention
+    if name is not None:
+        candidate = next(c for c in module.CANDIDATES if c.name == name)
+        run = candidate.run
+        if (reason := candidate.refuse(q, k, v, False, None)) is not None:
+            pytest.skip(reason)
+    wide = torch.randn(2, 60, 3, 64, dtype=dtype, device="cuda")
+    twin = attention_ref(*(x.double() for x in (q, k, v)))
+    exact = torch.autograd.grad(twin, fused, wide[:, :50].double())[0]
+    for upstream in (wide[:, :50].contiguous(), wide[:, :50]):
+        found = torch.autograd.grad(run(q, k, v, causal=False, lengths=None), fused, upstream)[0]
+        assert_close("gradient", found, exact, 5e-3 if dtype is torch.float32 else 2e-2)
 
 
 @pytest.mark.gpu

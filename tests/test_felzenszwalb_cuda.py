@@ -112,13 +112,14 @@ def test_images_that_are_not_finite_get_minus_one():
 def test_does_not_wait_and_runs_on_the_callers_stream():
     images = torch.rand(8, 3, 96, 96, device=CUDA)
     expected = felzenszwalb(images.cpu(), **PAPER)
-    felzenszwalb(images, **PAPER)  # set up what is set up once
-    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # set up what is set up once, and memory of this stream
+        patch_labels(felzenszwalb(images, **PAPER), 16)
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)  # about 0.1 s
+            torch.cuda._sleep(1_000_000_000)  # about 0.5 s
             labels = felzenszwalb(images, **PAPER)
             patches = patch_labels(labels, 16)
             assert not stream.query()

@@ -125,7 +125,30 @@ def _own_choice(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, lengths: Tensor | None = None
 ) -> Tensor:
     """PyTorch's own choice among its kernels, on any device."""
-    return F.scaled_dot_product_attention(*_heads_first(q, k, v, causal, lengths)).transpose(1, 2)
+    return _dot_product(*_heads_first(q, k, v, causal, lengths))
+
+
+def _dot_product(*arguments: Any) -> Tensor:
+    """PyTorch's attention as it stands, (B, T, H, d); on CUDA its gradient arrives dense."""
+    out = F.scaled_dot_product_attention(*arguments).transpose(1, 2)
+    return _DenseGradient.apply(out) if out.is_cuda and out.requires_grad else out
+
+
+class _DenseGradient(torch.autograd.Function):
+    """Identity whose gradient is contiguous, as the output is.
+
+    PyTorch remembers cuDNN's backward plan by shapes and by the strides of q, k and v, not by those of the
+    gradient: after a call with a dense gradient, one with the slice of a larger tensor (`layers.apart`) was
+    read with the wrong strides, and every gradient below it was wrong (seen with torch 2.11 on an H200).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def _heads_first(
@@ -175,10 +198,10 @@ def _sdpa(
     """
     arguments = _heads_first(q, k, v, causal, lengths)
     if _first_choice(*arguments) == kernel.value:  # the usual case: no need for 20 us of switching
-        return F.scaled_dot_product_attention(*arguments).transpose(1, 2)
+        return _dot_product(*arguments)
     others = [other for other in _allowed() if other != kernel]
     with _flags, sdpa_kernel([kernel, *others], set_priority=True):
-        return F.scaled_dot_product_attention(*arguments).transpose(1, 2)
+        return _dot_product(*arguments)
 
 
 def _first_choice(*arguments: Any) -> int | None:
@@ -233,6 +256,18 @@ def xformers_ops() -> tuple[Any, str | None]:
         return None, f"importing xformers fails: {type(error).__name__}: {error}"
 
 
+@functools.cache
+def xformers_kernels() -> str | None:
+    """Why xformers has no kernels here, or None; built for another torch, it imports without them."""
+    ops, missing = xformers_ops()
+    if missing is not None:
+        return missing
+    forward, backward = ops.fmha.cutlass.FwOp, ops.fmha.cutlass.BwOp
+    if not (forward.is_available() and backward.is_available()):
+        return f"xformers' kernels do not load: built for another torch than {torch.__version__}"
+    return None
+
+
 def refuse_xformers(*tensors: Tensor) -> str | None:
     """Why xformers cannot take queries, keys and values (..., H, d), or None."""
     q = tensors[0]
@@ -245,7 +280,7 @@ def refuse_xformers(*tensors: Tensor) -> str | None:
         return f"takes head widths that are multiples of {unit} in {q.dtype}, got {q.shape[-1]}"
     if any(x.stride(-1) != 1 for x in tensors):
         return f"needs dense rows, last strides are {[x.stride(-1) for x in tensors]}"
-    return xformers_ops()[1]
+    return xformers_kernels()
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: Tensor | None) -> Tensor:

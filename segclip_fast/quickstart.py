@@ -144,7 +144,7 @@ def draw_grid(model: SegCLIP, source: ImageTextSource, path: Path, shown: int = 
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from .evaluation.segmentation import distinct_colours
+    from .evaluation.drawing import distinct_colours
 
     names = list(source.class_names)
     palette = distinct_colours(len(names))

@@ -15,16 +15,14 @@ from golden import golden, golden_folder, golden_model
 
 from segclip_fast.data.transforms import normalise
 from segclip_fast.evaluation.vocabularies import VOC
-from segclip_fast.evaluation.windows import (
-    Window,
+from segclip_fast.evaluation.score_map import merge_windows
+from segclip_fast.evaluation.scoring import (
+    Background,
     add_background,
     effective_threshold,
     label_affinity,
-    merge_windows,
-    plan_windows,
-    resize_short_side,
-    score_images,
 )
+from segclip_fast.evaluation.windows import Window, plan_windows, resize_short_side, score_images
 from segclip_fast.losses import inverse_temperature
 
 CASES = [(text, photo) for text in ("prompts", "planted") for photo in ("astronaut", "chelsea")]
@@ -119,7 +117,7 @@ def test_whole_pipeline_with_the_real_model(text, photo):
     image = stored()["images_rgb"][photo].numpy()
     with torch.no_grad():
         model.logit_scale.fill_(part["logit_scale"])
-    score_map = score_images(model, [image], part["text_embedding"], threshold=VOC.threshold)[0]
+    score_map = score_images(model, [image], part["text_embedding"], Background(VOC.threshold))[0]
     labels, _ = score_map.arg_max(*image.shape[:2])
     assert agreement(labels, part["images"][photo]["label_map"]) >= 0.999
 

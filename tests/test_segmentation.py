@@ -14,9 +14,9 @@ from torch import nn
 from segclip_fast.evaluation import segmentation
 from segclip_fast.evaluation.prompts import PromptBank, check_labels, encode_labels, split_labels
 from segclip_fast.evaluation.refine import snap_to_superpixels, superpixel_scores
+from segclip_fast.evaluation.score_map import ScoreMap
 from segclip_fast.evaluation.segmentation import Segmentation, distinct_colours, segment, segment_batch
 from segclip_fast.evaluation.vocabularies import VOCABULARIES
-from segclip_fast.evaluation.windows import ScoreMap
 
 
 @pytest.fixture

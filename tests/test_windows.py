@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,24 +12,26 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segclip_fast.data.transforms import CLIP_MEAN, CLIP_STD, normalise
-from segclip_fast.evaluation.windows import (
-    ScoreMap,
-    Window,
+from segclip_fast.evaluation.score_map import ScoreMap, bilinear_taps, merge_windows
+from segclip_fast.evaluation.scoring import (
     add_background,
-    bilinear_taps,
     effective_threshold,
-    evaluation_mode,
     label_affinity,
-    merge_windows,
-    pad_to_patch,
     paper_affinity,
+    upsample_regions,
+)
+from segclip_fast.evaluation.windows import (
+    Sliding,
+    Window,
+    evaluation_mode,
+    pad_to_patch,
     plan_windows,
     resize_short_side,
     score_images,
     short_side_size,
-    upsample_regions,
     window_starts,
 )
+from segclip_fast.model.segclip import ImageFeatures
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 GREY = (128, 128, 128)
@@ -42,7 +43,7 @@ class ColourModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(vision=SimpleNamespace(image_size=32, patch_size=8))
+        self.image_size, self.patch_size = 32, 8
         self.logit_scale = nn.Parameter(torch.tensor(math.log(100.0)))
         self.words = nn.Parameter(torch.eye(len(WORDS)))
         self.windows: list[tuple[int, ...]] = []  # shape of every encoded batch
@@ -71,7 +72,7 @@ class ColourModel(nn.Module):
         seen = (count > 0) & (torch.arange(len(known)) < len(COLOURS))[:, None]
         regions = torch.where(seen, 7.0 * torch.eye(len(known), len(WORDS)), 1.0)  # grey or empty: like all
         image = (count * regions).sum(1)
-        return SimpleNamespace(image=image, regions=regions, logits=logits, soft=logits.softmax(1), hard=hard)
+        return ImageFeatures(image, regions, logits, logits.softmax(1), hard)
 
 
 def painted(*columns: tuple[int, int, int], size: int = 32, height: int = 64) -> np.ndarray:
@@ -292,7 +293,7 @@ def test_all_windows_share_batches_and_are_encoded_once():
     score_images(model, photos, torch.eye(5)[:3])
     assert model.windows == [(7, 3, 32, 32)]
     model.windows.clear()
-    score_images(model, photos, torch.eye(5)[:3], window_batch=3)
+    score_images(model, photos, torch.eye(5)[:3], sliding=Sliding(batch_size=3))
     assert [shape[0] for shape in model.windows] == [3, 3, 1]
     model.windows.clear()
     score_images(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .windows import MAX_FLOATS
+from .score_map import MAX_FLOATS
 
 ITERATIONS = 10
 DILATIONS = (8, 16)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .windows import evaluation_mode
 
 if TYPE_CHECKING:
-    from ..model.segclip import SegCLIP
+    from .segmenter import Segmenter
 
 TEMPLATES = ("a photo of a {}.",)  # protocol step 7
 TEXT_BATCH = 256  # prompts per call of the text encoder
@@ -84,7 +84,7 @@ class PromptBank:
     """
 
     def __init__(self) -> None:
-        self._models: WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple, tuple[int, torch.Tensor]]]
+        self._models: WeakKeyDictionary[Segmenter, OrderedDict[tuple, tuple[int, torch.Tensor]]]
         self._models = WeakKeyDictionary()
 
     def clear(self) -> None:
@@ -92,7 +92,7 @@ class PromptBank:
         self._models.clear()
 
     def encode(
-        self, model: SegCLIP, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
+        self, model: Segmenter, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
     ) -> torch.Tensor:
         """Normalised features of the labels, (C, E) float32 on the model's device; see `encode_labels`."""
         key = (check_labels(labels), check_templates(templates))
@@ -109,14 +109,14 @@ class PromptBank:
         return features
 
 
-def _state_of(model: torch.nn.Module) -> int:
+def _state_of(model: Segmenter) -> int:
     """A number that changes when any parameter is replaced or written to."""
     return hash(
         tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in model.parameters())
     )
 
 
-def _encode(model: SegCLIP, labels: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
+def _encode(model: Segmenter, labels: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
     prompts = [template.replace("{}", label) for label in labels for template in templates]
     with evaluation_mode(model):
         parts = [
@@ -131,7 +131,7 @@ _BANK = PromptBank()
 
 
 def encode_labels(
-    model: SegCLIP, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
+    model: Segmenter, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> torch.Tensor:
     """Text features of the labels (protocol step 7), encoded once per model and vocabulary.
 

@@ -1,17 +1,21 @@
-"""Superpixel snapping: every superpixel of the photo takes the label with the best mean score inside it.
+"""Refinements at inference: superpixel snapping and PAMR; any model's scores can be refined.
 
-Region borders come from a 14 x 14 patch grid; superpixels follow the photo's edges. An addition of this
-library, off by default and named in the result when used.
+Region borders come from a 14 x 14 patch grid; superpixels and PAMR follow the photo's edges. Both are
+additions to the protocol, off by default and named in the result when used.
 
-Shape legend: C labels, S superpixels, H W the photo's own size, K distinct score rows of a `ScoreMap`.
+Shape legend: C labels, S superpixels, h w the resized photo, H W the photo's own size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from .windows import MAX_FLOATS, ScoreMap
+from .pamr import pamr
+from .score_map import MAX_FLOATS, Scores
 
 # Felzenszwalb at the photo's own size: finer than in training, as a superpixel must not cross objects.
 SNAP_SCALE = 100.0
@@ -31,7 +35,7 @@ def photo_superpixels(image: np.ndarray) -> np.ndarray:
     return felzenszwalb(image, scale=SNAP_SCALE, sigma=sigma, min_size=min_size)
 
 
-def snap_to_superpixels(scores: np.ndarray | torch.Tensor, superpixels: np.ndarray) -> np.ndarray:
+def snap_to_superpixels(scores: np.ndarray | Tensor, superpixels: np.ndarray) -> np.ndarray:
     """Label every superpixel by its best mean score.
 
     Args:
@@ -53,11 +57,9 @@ def snap_to_superpixels(scores: np.ndarray | torch.Tensor, superpixels: np.ndarr
 
 
 def superpixel_scores(
-    scores: ScoreMap, superpixels: np.ndarray, max_floats: int = MAX_FLOATS
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scores: Scores, superpixels: np.ndarray | Tensor, max_floats: int = MAX_FLOATS
+) -> tuple[Tensor, Tensor]:
     """Mean of the resized score map inside each superpixel, without building (C, H, W).
-
-    The resize is linear, so the mean is (share of every score row in the superpixel) @ (score rows).
 
     Args:
         scores: the photo's score map, at its resized size.
@@ -65,23 +67,83 @@ def superpixel_scores(
         max_floats: most floats in a temporary of the resize.
 
     Returns:
-        Means (S, C) float32, and the superpixels as (H, W) int64.
+        Means (S, C) float32, and the superpixels as (H, W) int64, both on the scores' device.
     """
-    ids = _superpixel_ids(superpixels, None)
-    rows, S = scores.palette.shape[0], int(ids.max()) + 1
-    shares = torch.zeros(S * rows, dtype=torch.float64)
-    for band, corners, weights in scores.bands(ids.shape[0], ids.shape[1], max_floats):
-        for corner, weight in zip(corners, weights, strict=True):
-            shares.index_add_(0, (ids[band] * rows + corner).flatten(), weight.flatten().double())
-    area = torch.bincount(ids.flatten(), minlength=S).clamp(min=1)
-    shares = shares.view(S, rows) / area[:, None]
-    return (shares @ scores.palette.double()).float(), ids
+    ids = _superpixel_ids(superpixels, None).to(scores.regions.device)
+    return scores.superpixel_means(ids, max_floats), ids
 
 
-def _superpixel_ids(superpixels: np.ndarray, size: tuple[int, int] | None) -> torch.Tensor:
-    ids = torch.as_tensor(np.ascontiguousarray(superpixels)).long()
+def _superpixel_ids(superpixels: np.ndarray | Tensor, size: tuple[int, int] | None) -> Tensor:
+    if not isinstance(superpixels, Tensor):
+        superpixels = torch.from_numpy(np.ascontiguousarray(superpixels))
+    ids = superpixels.long()
     if ids.ndim != 2 or (size is not None and ids.shape != size):
         raise ValueError(f"superpixels: expected shape {size or '(H, W)'}, got {tuple(ids.shape)}")
     if int(ids.min()) < 0:
         raise ValueError(f"superpixels: expected numbers from 0, got {int(ids.min())}")
     return ids
+
+
+@dataclass(frozen=True, eq=False)
+class PamrScores(Scores):
+    """Scores refined by PAMR at the resized photo's size, computed as they are asked for.
+
+    Attributes:
+        base: the scores before.
+        photo: (h, w, 3) uint8, the resized photo.
+    """
+
+    base: Scores
+    photo: np.ndarray | Tensor
+
+    @property
+    def count(self) -> int:
+        """C."""
+        return self.base.count
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w)."""
+        return self.base.size
+
+    @property
+    def regions(self) -> Tensor:
+        """(h, w) int64, those of the scores before."""
+        return self.base.regions
+
+    def planes(self, start: int, stop: int) -> Tensor:
+        """Refined scores of the labels from `start` to `stop`; what is zero everywhere stays so."""
+        planes = self.base.planes(start, stop)
+        live = planes.flatten(1).any(dim=1).nonzero().flatten()
+        if len(live):
+            planes[live] = pamr(self.photo, planes[live])
+        return planes
+
+
+def label_pixels(
+    scores: Scores,
+    height: int,
+    width: int,
+    *,
+    superpixels: np.ndarray | Tensor | None = None,
+    photo: np.ndarray | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Step 6 with whatever refinement is asked for: the label of every pixel at the photo's own size.
+
+    Args:
+        scores: of the resized photo.
+        height: H.
+        width: W.
+        superpixels: (H, W) integers from 0: each of them takes one label (snapping).
+        photo: (h, w, 3) uint8, the resized photo: scores are refined by PAMR first.
+
+    Returns:
+        labels (H, W) int64 and their scores (H, W) float32, on the scores' device.
+    """
+    if photo is not None:
+        scores = PamrScores(scores, photo)
+    if superpixels is None:
+        return scores.arg_max(height, width)
+    means, ids = superpixel_scores(scores, superpixels)  # (S, C), (H, W)
+    best, winner = means.max(dim=1)
+    return winner[ids], best[ids]

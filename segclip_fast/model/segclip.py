@@ -95,6 +95,16 @@ class SegCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         initialise(self)
 
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images it is trained on, and of the windows of inference."""
+        return self.config.vision.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.vision.patch_size
+
     # --- features
 
     def tokenize(self, texts: Sequence[str], length: int | None = None) -> Tensor:

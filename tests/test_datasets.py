@@ -6,8 +6,10 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from dataset_files import LAYOUTS, SIZE, UNUSED, build, photo, reopen, save, values_of
 from PIL import Image
+from test_windows import ColourModel
 
 from segclip_fast.data.sample import ImageTextSource
 from segclip_fast.evaluation import class_names as lists
@@ -201,23 +203,20 @@ def test_most_classes(tmp_path):
 
 
 def test_evaluation_takes_a_set(tmp_path, monkeypatch):
-    from segclip_fast.evaluation import segmentation
+    from segclip_fast.evaluation import harness
 
     data, seen = reopen(build(tmp_path, "voc"), "voc"), []
 
-    class Answer:
-        def __init__(self, image):
-            self.labels = np.where(values_of("voc") == 255, 3, values_of("voc"))
-            assert image.shape[:2] == self.labels.shape
+    def predict(model, step, vocabulary, options):
+        seen.append((vocabulary.names, options.background))
+        for item in step:
+            truth = item.truth.long()
+            yield torch.where(truth == 255, 3, truth)
 
-    def batch(model, images, prompts, *, background, snap):
-        seen.append((prompts, background))
-        return [Answer(image) for image in images]
-
-    monkeypatch.setattr(segmentation, "segment_batch", batch)
-    result = evaluate_source(None, data, labels=data.prompts, background=data.background)
+    monkeypatch.setattr(harness, "_predict", predict)
+    result = evaluate_source(ColourModel(), data, labels=data.prompts, background=data.background)
     assert result.miou == 1.0
-    assert seen == [(list(data.prompts), True)]
+    assert seen == [(("background", *data.prompts), True)]
 
 
 def test_names_of_vocabularies_have_single_blanks():

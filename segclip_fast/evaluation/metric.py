@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..data.sample import IGNORE_LABEL, ImageTextSource, RawSample
-from .vocabularies import BACKGROUND
+from ..data.sample import IGNORE_LABEL, ImageTextSource
 
 if TYPE_CHECKING:
-    from ..model.segclip import SegCLIP
+    from .segmenter import Segmenter
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,53 +38,83 @@ class MetricResult:
     names: tuple[str, ...] = ()
 
 
-class ConfusionMatrix:
-    """Counts of (true class, predicted class) pixel pairs.
+def confusion(pred: Tensor, truth: Tensor, classes: int, ignore: int = IGNORE_LABEL) -> Tensor:
+    """Pixels by true and predicted class, (C, C) int64, rows are the truth; on the device of `pred`.
 
-    Attributes:
-        counts: (C, C) int64, rows are the truth.
+    Args:
+        pred: integers in 0..C-1 of any shape.
+        truth: integers in 0..C-1 or `ignore`, of the same shape, on the same device.
+        classes: C.
+        ignore: pixels with this true label are not counted.
+    """
+    place = truth.long() * classes + pred.long()
+    place = torch.where(truth == ignore, classes * classes, place).flatten()  # one bin more for the ignored
+    counts = torch.bincount(place, minlength=classes * classes + 1)
+    return counts[: classes * classes].view(classes, classes)
+
+
+def mean_iou(counts: Tensor) -> Tensor:
+    """Mean intersection over union of (C, C) counts, scalar float64; NaN if no class occurs."""
+    hit = counts.diagonal().double()
+    union = counts.sum(0) + counts.sum(1) - hit
+    return (hit / union).nanmean()  # 0 / 0 is NaN: the class does not occur
+
+
+class ConfusionMatrix:
+    """Counts of (true class, predicted class) pixel pairs, exact in any order and in any number of parts.
 
     Args:
         num_classes: C.
         ignore: pixels with this true label are not counted.
+        device: where the counts are kept.
 
     Raises:
         ValueError: no class, or `ignore` is one of the classes.
     """
 
-    def __init__(self, num_classes: int, ignore: int = IGNORE_LABEL) -> None:
+    def __init__(
+        self, num_classes: int, ignore: int = IGNORE_LABEL, device: torch.device | str = "cpu"
+    ) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
         if 0 <= ignore < num_classes:
             raise ValueError(f"ignore: expected a number outside the {num_classes} classes, got {ignore}")
         self.ignore = ignore
-        self.counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+        self.total = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
-    def update(self, pred: Any, truth: Any) -> None:
+    @property
+    def counts(self) -> np.ndarray:
+        """(C, C) int64, rows are the truth."""
+        return self.total.cpu().numpy()
+
+    def update(self, pred: Any, truth: Any) -> Tensor:
         """Count one image, or several of one shape.
 
         Args:
-            pred: integer labels in 0..C-1, array or CPU tensor of any shape.
+            pred: integer labels in 0..C-1, array or tensor of any shape.
             truth: integer labels in 0..C-1 or `ignore`, of the same shape.
+
+        Returns:
+            What these pixels added, (C, C) int64 on the counts' device.
 
         Raises:
             ValueError: shapes differ, not integers, or a counted pixel has a label out of range.
         """
-        pred, truth = np.asarray(pred), np.asarray(truth)
-        if pred.shape != truth.shape:
-            raise ValueError(f"pred: expected the shape of truth {truth.shape}, got {pred.shape}")
-        for name, labels in (("pred", pred), ("truth", truth)):
-            if labels.dtype.kind not in "iu":
-                raise ValueError(f"{name}: expected integer labels, got {labels.dtype}")
-        counted = truth != self.ignore
-        classes = self.counts.shape[0]
-        rows, columns = truth[counted].astype(np.int64), pred[counted].astype(np.int64)
-        for name, labels in (("pred", columns), ("truth", rows)):
-            if labels.size and not (labels.min() >= 0 and labels.max() < classes):
-                wrong = labels.min() if labels.min() < 0 else labels.max()
-                raise ValueError(f"{name}: expected labels 0 to {classes - 1}, got {wrong}")
-        flat = np.bincount(rows * classes + columns, minlength=classes * classes)
-        self.counts += flat.reshape(classes, classes)
+        labels = {"pred": _labels(pred, "pred"), "truth": _labels(truth, "truth")}
+        if labels["pred"].shape != labels["truth"].shape:
+            wanted, shape = tuple(labels["truth"].shape), tuple(labels["pred"].shape)
+            raise ValueError(f"pred: expected the shape of truth {wanted}, got {shape}")
+        classes, device = len(self.total), self.total.device
+        labels = {name: values.to(device, torch.int64) for name, values in labels.items()}
+        counted = labels["truth"] != self.ignore
+        for name, values in labels.items():
+            wrong = counted & ((values < 0) | (values >= classes))
+            if bool(wrong.any()):
+                got = int(values[wrong].flatten()[0])
+                raise ValueError(f"{name}: expected labels 0 to {classes - 1}, got {got}")
+        added = confusion(torch.where(counted, labels["pred"], 0), labels["truth"], classes, self.ignore)
+        self.total += added
+        return added
 
     def merge(self, other: ConfusionMatrix) -> None:
         """Add the counts of another part of the data set.
@@ -91,14 +122,15 @@ class ConfusionMatrix:
         Raises:
             ValueError: another number of classes.
         """
-        if other.counts.shape != self.counts.shape:
-            raise ValueError(f"other: expected {len(self.counts)} classes, got {len(other.counts)}")
-        self.counts += other.counts
+        if other.total.shape != self.total.shape:
+            raise ValueError(f"other: expected {len(self.total)} classes, got {len(other.total)}")
+        self.total += other.total.to(self.total.device)
 
     def result(self, names: Sequence[str] = ()) -> MetricResult:
         """The metric over everything counted so far; all NaN if nothing was."""
-        hit = np.diag(self.counts).astype(np.float64)
-        actual, guessed = self.counts.sum(axis=1), self.counts.sum(axis=0)
+        counts = self.counts
+        hit = np.diag(counts).astype(np.float64)
+        actual, guessed = counts.sum(axis=1), counts.sum(axis=0)
         iou = _divide(hit, actual + guessed - hit)
         accuracy = _divide(hit, actual)
         return MetricResult(
@@ -108,6 +140,20 @@ class ConfusionMatrix:
             mean_accuracy=_mean(accuracy),
             names=tuple(names),
         )
+
+
+def _labels(values: Any, name: str) -> Tensor:
+    """An integer tensor, from whatever it came as."""
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(_whole(np.asarray(values), name))
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integer labels, got {tensor.dtype}")
+    return tensor
+
+
+def _whole(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"{name}: expected integer labels, got {values.dtype}")
+    return np.ascontiguousarray(values)
 
 
 def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -120,61 +166,8 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def evaluate_source(
-    model: SegCLIP,
-    source: ImageTextSource,
-    *,
-    labels: Sequence[str] | None = None,
-    background: bool | None = None,
-    snap: bool = False,
-    limit: int | None = None,
-    batch_size: int = 8,
-    **options: Any,
-) -> MetricResult:
-    """Segment the images of a source and compare with their masks at the images' own size.
+def evaluate_source(model: Segmenter, source: ImageTextSource, **options: Any) -> MetricResult:
+    """See `harness.evaluate_source`."""
+    from .harness import evaluate_source
 
-    Args:
-        model: the segmenter.
-        source: samples with masks; a mask is an index into `source.class_names`, 255 is not counted.
-        labels: the text for each class that gets a prompt (all, or all but the background), where it should
-            differ from the class name.
-        background: class 0 is the background, found by threshold; by default, if it is called "background".
-        snap: snap to superpixels.
-        limit: use the first `limit` samples only.
-        batch_size: images segmented together; does not change the result.
-        **options: passed on to `segment_batch` (threshold, templates, short_side, stride, protocol).
-
-    Raises:
-        ValueError: no sample, a sample without a mask or with one of another size, a wrong number of labels.
-    """
-    from .segmentation import segment_batch
-
-    names = tuple(source.class_names)
-    if background is None:
-        background = bool(names) and names[0] == BACKGROUND
-    prompts = list(names[1:] if background else names) if labels is None else list(labels)
-    if len(prompts) + int(background) != len(names):
-        raise ValueError(f"labels: expected {len(names) - int(background)} of them, got {len(prompts)}")
-    count = len(source) if limit is None else min(limit, len(source))
-    if count < 1:
-        raise ValueError(f"source: expected at least one sample to evaluate, got {count}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    matrix = ConfusionMatrix(len(names))
-    for start in range(0, count, batch_size):
-        samples = [source[i] for i in range(start, min(start + batch_size, count))]
-        masks = [_mask_of(sample, start + i) for i, sample in enumerate(samples)]
-        images = [sample.image for sample in samples]
-        results = segment_batch(model, images, prompts, background=background, snap=snap, **options)
-        for result, mask in zip(results, masks, strict=True):
-            matrix.update(result.labels, mask)
-    return matrix.result(names)
-
-
-def _mask_of(sample: RawSample, index: int) -> np.ndarray:
-    if sample.mask is None:
-        raise ValueError(f"source: expected a mask with every image, sample {index} has none")
-    if sample.mask.shape != sample.image.shape[:2]:
-        size, got = sample.image.shape[:2], sample.mask.shape
-        raise ValueError(f"source: expected a mask of shape {size} for sample {index}, got {got}")
-    return sample.mask
+    return evaluate_source(model, source, **options)

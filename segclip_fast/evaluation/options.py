@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import require
@@ -98,11 +99,24 @@ class Vocabulary:
     background: Background
 
 
-def prepare_vocabulary(model: Segmenter, labels: Sequence[str], options: Options) -> Vocabulary:
+def prepare_vocabulary(
+    model: Segmenter,
+    labels: Sequence[str],
+    options: Options,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+) -> Vocabulary:
     """Check the labels and encode them (once per model and vocabulary).
 
+    Args:
+        model: encodes the texts.
+        labels: what is looked for.
+        options: templates and background.
+        synonyms: for some labels the texts that stand for them in the prompts, in place of the label itself;
+            their normalised features are averaged and normalised again.
+
     Raises:
-        ValueError: labels that are no vocabulary, or "background" among them where it is added.
+        ValueError: labels or synonyms that are no vocabulary, synonyms of no label, or "background" among the
+            labels where it is added.
     """
     labels = check_labels(labels)
     if options.background and BACKGROUND in (label.casefold() for label in labels):
@@ -115,5 +129,23 @@ def prepare_vocabulary(model: Segmenter, labels: Sequence[str], options: Options
         )
     rest = options.background_names
     text = encode_labels(model, (*labels, *rest), options.templates)
+    if synonyms:
+        text = _with_synonyms(model, text, labels, options.templates, synonyms)
     names = (BACKGROUND, *labels) if options.background else labels
     return Vocabulary(names, text, Background(options.threshold, len(rest)))
+
+
+def _with_synonyms(
+    model: Segmenter,
+    text: Tensor,
+    labels: tuple[str, ...],
+    templates: tuple[str, ...],
+    synonyms: Mapping[str, Sequence[str]],
+) -> Tensor:
+    """`text` with the features of the labels that have synonyms replaced by theirs."""
+    text = text.clone()  # it belongs to the cache
+    for label, names in synonyms.items():
+        require(label in labels, "synonyms", f"one of the labels {', '.join(labels)}", label)
+        found = encode_labels(model, check_labels(names, f"synonyms of {label!r}"), templates)
+        text[labels.index(label)] = F.normalize(found.mean(dim=0), dim=0)
+    return text

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 
+from .._cli import Parser
 from ..interop.files import write_whole
 from .label_maps import coco_object_table, read_labels
 
@@ -28,16 +28,9 @@ ENDING = "_instanceTrainIds.png"
 _MAP = re.compile(r"\d{12}\.png")
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line: `ValueError` instead of the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists the options)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m segclip_fast.evaluation.prepare",
         description="Make the label maps that a data set does not come with.",
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .segmenter import Segmenter
 
 TEMPLATES = ("a photo of a {}.",)  # protocol step 7
+TEMPLATE_SETS = ("release", "simple7", "imagenet80")
 TEXT_BATCH = 256  # prompts per call of the text encoder
 VOCABULARIES_KEPT = 16  # per model; the oldest leaves first
 
@@ -73,6 +74,31 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(template, str) or "{}" not in template:
             raise ValueError(f"templates: expected strings with {{}} where the label goes, got {template!r}")
     return tuple(templates)
+
+
+def template_set(name: str) -> tuple[str, ...]:
+    """The prompts of a set by its name.
+
+    Args:
+        name: "release", the one of the protocol; "imagenet80" and "simple7", CLIP's prompts for ImageNet and
+            the seven best of them, as open_clip has them.
+
+    Raises:
+        ValueError: no such set.
+        ImportError: open_clip is missing.
+    """
+    if name not in TEMPLATE_SETS:
+        raise ValueError(f"templates: expected one of {', '.join(TEMPLATE_SETS)}, got {name!r}")
+    if name == "release":
+        return TEMPLATES
+    try:
+        from open_clip import zero_shot_metadata as sets
+    except ImportError as error:
+        raise ImportError(
+            f"templates: {name} comes from open_clip: pip install open_clip_torch ({error})"
+        ) from error
+    chosen = sets.OPENAI_IMAGENET_TEMPLATES if name == "imagenet80" else sets.SIMPLE_IMAGENET_TEMPLATES
+    return tuple(template("{}") for template in chosen)
 
 
 class PromptBank:

@@ -76,6 +76,10 @@ class Segmenter(Protocol):
         """Of `nn.Module`."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of `nn.Module`."""
+        ...
+
     def train(self, mode: bool = True) -> Any:
         """Of `nn.Module`."""
         ...

@@ -72,3 +72,9 @@ COCO_OBJECT = Vocabulary(
 )
 
 VOCABULARIES = {"voc": VOC, "context": CONTEXT, "coco_object": COCO_OBJECT}
+
+
+def default_threshold(dataset: str, protocol: str) -> float:
+    """Background threshold of a data set in a protocol; VOC's for sets that the release does not know."""
+    vocabulary = VOCABULARIES.get(dataset, VOC)
+    return vocabulary.paper_threshold if protocol == "paper" else vocabulary.threshold

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from segclip_fast.data.images import load_image, resize_bilinear_uint8
+from segclip_fast.data.images import load_image, resize_bilinear_tensor, resize_bilinear_uint8
 
 
 def _rgb(h=5, w=7, seed=0):
@@ -324,3 +324,11 @@ def test_resize_refuses():
 def test_importing_the_data_package_does_not_import_torch():
     code = "import sys, segclip_fast.data, segclip_fast.data.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("size", [(375, 500), (31, 47), (224, 224), (1, 900), (700, 300)], ids=str)
+@pytest.mark.parametrize("target", [(224, 299), (1, 1), (500, 640), (47, 3)], ids=str)
+def test_resize_of_a_tensor_has_the_same_bits(size, target):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    found = resize_bilinear_tensor(torch.from_numpy(image), target)
+    np.testing.assert_array_equal(found.numpy(), resize_bilinear_uint8(image, target))

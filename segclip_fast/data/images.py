@@ -12,10 +12,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FLOAT_TOLERANCE = 1e-5  # float images may leave [0, 1] by rounding only
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -138,6 +141,27 @@ def resize_bilinear_uint8(image: np.ndarray, size_hw: tuple[int, int]) -> np.nda
     bottom = (across[position[height:]] * weight_lower[:, None, None]) >> 16
     out = ((top + bottom + 2) >> 2).astype(np.uint8)  # (height, width, C)
     return out if image.ndim == 3 else out[:, :, 0]
+
+
+def resize_bilinear_tensor(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """`resize_bilinear_uint8` of a (H, W, C) uint8 tensor, on its device, with the same bits."""
+    import torch
+
+    height, width = size_hw
+    left, right, weight_left, weight_right = (
+        torch.from_numpy(taps).to(image.device)
+        for taps in _linear_taps(image.shape[1], width, snap_border=True)
+    )
+    upper, lower, weight_upper, weight_lower = (
+        torch.from_numpy(taps).to(image.device)
+        for taps in _linear_taps(image.shape[0], height, snap_border=False)
+    )
+    pixels = image.to(torch.int32)
+    across = pixels[:, left] * weight_left[:, None] + pixels[:, right] * weight_right[:, None]
+    across >>= 4  # (H, width, C), 15 bits
+    top = (across[upper] * weight_upper[:, None, None]) >> 16
+    bottom = (across[lower] * weight_lower[:, None, None]) >> 16
+    return ((top + bottom + 2) >> 2).to(torch.uint8)
 
 
 def _linear_taps(

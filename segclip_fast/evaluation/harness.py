@@ -1,7 +1,7 @@
 """A data set through a model: images decoded ahead, windows in common batches, counts on the device.
 
-Processes of a distributed run take every n-th image each; counts are integers and are added at the end, so the
-result is the same for any number of processes, any batch and any order.
+Processes of a distributed run take every n-th image each; counts are integers and are added at the end, so
+the result is the same for any number of processes, any batch and any order.
 
 Shape legend: H W an image's own size, h w resized, C classes.
 """
@@ -21,12 +21,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._checks import require
 from ..data.sample import IGNORE_LABEL, ImageTextSource
-from .metric import ConfusionMatrix, MetricResult, mean_iou
+from .metric import ConfusionMatrix, MetricResult, confusion, mean_iou
 from .options import Options, Vocabulary, prepare_vocabulary
 from .refine import label_pixels, photo_superpixels
 from .segmenter import Segmenter
 from .vocabularies import BACKGROUND
-from .windows import CPU_BATCH, Sliding, batch_for, evaluation_mode, resize_short_side, score_resized
+from .windows import (
+    CPU_BATCH,
+    Sliding,
+    batch_for,
+    evaluation_mode,
+    resize_on,
+    resize_short_side,
+    score_resized,
+)
 
 STEP_PIXELS = 2**25  # at most so many pixels of images in one step, all together
 MOST_IMAGES = 128  # of one step
@@ -63,13 +71,13 @@ class Prepared:
 
     Attributes:
         identifier: its name in the data set.
-        resized: (h, w, 3) uint8.
+        photo: (h, w, 3) uint8, resized; (H, W, 3), as it is, where the device will resize it.
         truth: (H, W) uint8, 255 = ignore.
         superpixels: (H, W) int32, or None where nothing is snapped.
     """
 
     identifier: str
-    resized: Tensor
+    photo: Tensor
     truth: Tensor
     superpixels: Tensor | None
 
@@ -77,7 +85,9 @@ class Prepared:
 class _Preparation(Dataset):
     """Reads, checks, resizes, and makes superpixels: whatever does not need the model."""
 
-    def __init__(self, source: ImageTextSource, indices: Sequence[int], short: int, snap: bool) -> None:
+    def __init__(
+        self, source: ImageTextSource, indices: Sequence[int], short: int | None, snap: bool
+    ) -> None:
         self.source, self.indices, self.short, self.snap = source, list(indices), short, snap
 
     def __len__(self) -> int:
@@ -88,9 +98,10 @@ class _Preparation(Dataset):
         sample = self.source[index]
         truth = _truth(sample.mask, sample.image, len(self.source.class_names), index)
         superpixels = photo_superpixels(sample.image).astype(np.int32) if self.snap else None
+        photo = sample.image if self.short is None else resize_short_side(sample.image, self.short)
         return Prepared(
             getattr(sample, "identifier", "") or str(index),
-            torch.from_numpy(np.ascontiguousarray(resize_short_side(sample.image, self.short))),
+            torch.from_numpy(np.ascontiguousarray(photo)),
             torch.from_numpy(truth),
             None if superpixels is None else torch.from_numpy(superpixels),
         )
@@ -168,8 +179,9 @@ def evaluate_set(
     sliding = options.sliding
     short = model.image_size if sliding.short_side is None else sliding.short_side
     rank, world = _place()
-    dataset = _Preparation(source, range(rank, count, world), short, options.snap)
     device = next(model.parameters()).device
+    share = range(rank, count, world)
+    dataset = _Preparation(source, share, None if device.type == "cuda" else short, options.snap)
     matrix = ConfusionMatrix(len(names), device=device)
     vocabulary = prepare_vocabulary(model, labels, options, synonyms)
     identifiers: list[str] = []
@@ -179,7 +191,8 @@ def evaluate_set(
     with evaluation_mode(model), _bar(len(dataset), progress and rank == 0) as bar:
         for step in steps:
             for item, found in zip(step, _predict(model, step, vocabulary, options), strict=True):
-                qualities.append(mean_iou(matrix.update(found, item.truth)))
+                truth = item.truth.to(device, non_blocking=True)
+                qualities.append(mean_iou(matrix.add(confusion(found, truth, len(names)))))
                 identifiers.append(item.identifier)
             bar.update(len(step))
     if device.type == "cuda":
@@ -193,11 +206,13 @@ def _predict(
     model: Segmenter, step: Sequence[Prepared], vocabulary: Vocabulary, options: Options
 ) -> Iterator[Tensor]:
     """The label map (H, W) int64 of each image, on the model's device."""
-    resized = [item.resized for item in step]
-    maps = score_resized(model, resized, vocabulary.text, vocabulary.background, options.sliding)
-    for item, scores in zip(step, maps, strict=True):
+    device, sliding = next(model.parameters()).device, options.sliding
+    short = model.image_size if sliding.short_side is None else sliding.short_side
+    resized = [resize_on(item.photo, short, device) for item in step]
+    maps = score_resized(model, resized, vocabulary.text, vocabulary.background, sliding)
+    for item, small, scores in zip(step, resized, maps, strict=True):
         height, width = item.truth.shape
-        photo = item.resized if options.pamr else None
+        photo = small if options.pamr else None
         yield label_pixels(scores, height, width, superpixels=item.superpixels, photo=photo)[0]
 
 

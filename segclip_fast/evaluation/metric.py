@@ -112,9 +112,13 @@ class ConfusionMatrix:
             if bool(wrong.any()):
                 got = int(values[wrong].flatten()[0])
                 raise ValueError(f"{name}: expected labels 0 to {classes - 1}, got {got}")
-        added = confusion(torch.where(counted, labels["pred"], 0), labels["truth"], classes, self.ignore)
-        self.total += added
-        return added
+        pred = torch.where(counted, labels["pred"], 0)
+        return self.add(confusion(pred, labels["truth"], classes, self.ignore))
+
+    def add(self, counts: Tensor) -> Tensor:
+        """Add (C, C) counts of `confusion`, made on the same device; returns them."""
+        self.total += counts
+        return counts
 
     def merge(self, other: ConfusionMatrix) -> None:
         """Add the counts of another part of the data set.

@@ -140,25 +140,22 @@ class ScoreMap(Scores):
         """The score map as (C, h, w); for small photos and tests."""
         return self.planes(0, self.count)
 
-    def bands(
-        self, height: int, width: int, max_floats: int = MAX_FLOATS
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Bilinear resize (align_corners False) to (height, width), as rows of the palette and their weights.
-
-        Yields:
-            Output rows as a slice, the four neighbours' palette rows (4, b, W) int64, weights (4, b, W).
-        """
-        device = self.index.device
-        top, bottom, down = bilinear_taps(self.index.shape[0], height, device)
-        left, right, along = bilinear_taps(self.index.shape[1], width, device)
-        step = max(1, max_floats // (24 * width))  # neighbours (int64), weights and the caller's copies
+    def bands(self, height: int, width: int, max_floats: int = MAX_FLOATS) -> Iterator[Band]:
+        """Bilinear resize (align_corners False) to (height, width): palette rows and their weights."""
+        index, device = self.index, self.index.device
+        top, bottom, down = bilinear_taps(index.shape[0], height, device)
+        left, right, along = bilinear_taps(index.shape[1], width, device)
+        lower = index[_following(index.shape[0], device)]
+        following = _following(index.shape[1], device)
+        mixed = (index != lower) | (index != index[:, following]) | (index != lower[:, following])
+        step = max(1, max_floats // (6 * width))  # int64 rows and places, the caller's planes
         for start in range(0, height, step):
             rows = slice(start, min(start + step, height))
-            upper, lower = self.index[top[rows]], self.index[bottom[rows]]  # (b, w)
-            corners = torch.stack((upper[:, left], upper[:, right], lower[:, left], lower[:, right]))
-            y = down[rows, None]
-            weights = torch.stack(((1 - y) * (1 - along), (1 - y) * along, y * (1 - along), y * along))
-            yield rows, corners, weights
+            first = index.index_select(0, top[rows]).index_select(1, left)  # (b, W)
+            ys, xs = mixed.index_select(0, top[rows]).index_select(1, left).nonzero(as_tuple=True)
+            yield Band(
+                rows, first, ys, xs, (top[rows], bottom[rows], down[rows]), (left, right, along), index
+            )
 
     def arg_max(self, height: int, width: int, max_floats: int = MAX_FLOATS) -> tuple[Tensor, Tensor]:
         """As `Scores.arg_max`, blending only where neighbours differ."""
@@ -170,27 +167,73 @@ class ScoreMap(Scores):
         labels = torch.empty(height, width, dtype=torch.int64, device=palette.device)
         scores = torch.empty(height, width, device=palette.device)
         step = max(1, max_floats // (2 * palette.shape[1]))
-        for rows, corners, weights in self.bands(height, width, max_floats):
-            band_labels, band_scores = winner[corners[0]], best[corners[0]]  # right wherever neighbours agree
-            ys, xs = (corners[1:] != corners[0]).any(dim=0).nonzero(as_tuple=True)
-            for chunk in range(0, len(ys), step):
-                y, x = ys[chunk : chunk + step], xs[chunk : chunk + step]
-                blend = palette.new_zeros(len(y), palette.shape[1])
-                for row, weight in zip(corners[:, y, x], weights[:, y, x], strict=True):
+        for band in self.bands(height, width, max_floats):
+            band_labels, band_scores = winner[band.first], best[band.first]  # right wherever neighbours agree
+            for ys, xs, corners, weights in band.mixed(step):
+                blend = palette.new_zeros(len(ys), palette.shape[1])
+                for row, weight in zip(corners, weights, strict=True):
                     blend += weight[:, None] * palette[row]
-                band_scores[y, x], band_labels[y, x] = blend.max(dim=1)
-            labels[rows], scores[rows] = names[band_labels], band_scores
+                band_scores[ys, xs], band_labels[ys, xs] = blend.max(dim=1)
+            labels[band.rows], scores[band.rows] = names[band_labels], band_scores
         return labels, scores
 
     def superpixel_means(self, ids: Tensor, max_floats: int = MAX_FLOATS) -> Tensor:
         """As `Scores.superpixel_means`: the resize is linear, so it is (share of every row) @ (rows)."""
         K, S = self.palette.shape[0], int(ids.max()) + 1
         shares = torch.zeros(S * K, dtype=torch.float64, device=ids.device)
-        for band, corners, weights in self.bands(ids.shape[0], ids.shape[1], max_floats):
-            for corner, weight in zip(corners, weights, strict=True):
-                shares.index_add_(0, (ids[band] * K + corner).flatten(), weight.flatten().double())
+        for band in self.bands(ids.shape[0], ids.shape[1], max_floats):
+            base = ids[band.rows] * K
+            shares += torch.bincount((base + band.first).flatten(), minlength=S * K)  # as if all agreed
+            for ys, xs, corners, weights in band.mixed(max(1, max_floats // 8)):
+                place = base[ys, xs]
+                shares.index_add_(0, place + corners[0], weights.new_full((len(ys),), -1.0).double())
+                for corner, weight in zip(corners, weights, strict=True):
+                    shares.index_add_(0, place + corner, weight.double())
         area = torch.bincount(ids.flatten(), minlength=S).clamp(min=1)
         return (shares.view(S, K) / area[:, None] @ self.palette.double()).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Band:
+    """Some rows of a resized `ScoreMap`, b of them.
+
+    Attributes:
+        rows: which rows of the output.
+        first: (b, W) int64, the palette row of each pixel's upper left neighbour.
+        ys: rows, within the band, of the pixels whose four neighbours are not all of one palette row.
+        xs: their columns.
+        vertical: upper and lower neighbours and weights of the lower, (b,) each.
+        horizontal: left and right neighbours and weights of the right, (W,) each.
+        index: (h, w) the palette row of each pixel before the resize.
+    """
+
+    rows: slice
+    first: Tensor
+    ys: Tensor
+    xs: Tensor
+    vertical: tuple[Tensor, Tensor, Tensor]
+    horizontal: tuple[Tensor, Tensor, Tensor]
+    index: Tensor
+
+    def mixed(self, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Pixels between different rows, at most `step` at a time.
+
+        Yields:
+            Rows and columns within the band (n,), palette rows of the four neighbours (4, n), weights (4, n).
+        """
+        (top, bottom, down), (left, right, along) = self.vertical, self.horizontal
+        for start in range(0, len(self.ys), step):
+            ys, xs = self.ys[start : start + step], self.xs[start : start + step]
+            upper, lower, y, x = top[ys], bottom[ys], down[ys], along[xs]
+            before, after = left[xs], right[xs]
+            corners = [self.index[row, column] for row in (upper, lower) for column in (before, after)]
+            weights = ((1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x)
+            yield ys, xs, torch.stack(corners), torch.stack(weights)
+
+
+def _following(count: int, device: torch.device) -> Tensor:
+    """The next index of each, the last one's own."""
+    return torch.arange(1, count + 1, device=device).clamp(max=count - 1)
 
 
 @dataclass(frozen=True, eq=False)

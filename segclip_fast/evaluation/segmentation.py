@@ -22,7 +22,7 @@ from .score_map import Scores
 from .scoring import Protocol
 from .segmenter import Segmenter
 from .vocabularies import BACKGROUND
-from .windows import Precision, Sliding, resize_short_side, score_resized
+from .windows import Precision, Sliding, resize_on, score_resized
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -198,7 +198,8 @@ def segment_batch(
     options = Options(names, threshold, check_templates(templates), snap, pamr, sliding)
     vocabularies = _vocabularies(model, labels, len(photos), options)
     short = model.image_size if short_side is None else short_side
-    resized = [resize_short_side(photo, short) for photo in photos]
+    device = next(model.parameters()).device
+    resized = [resize_on(photo, short, device) for photo in photos]
     if not photos:
         return []
     texts = [vocabulary.text for vocabulary in vocabularies]
@@ -223,7 +224,11 @@ def _vocabularies(model: Segmenter, labels: Sequence[Any], photos: int, options:
 
 
 def _finish(
-    scores: Scores, photo: np.ndarray, small: np.ndarray, names: tuple[str, ...], options: Options
+    scores: Scores,
+    photo: np.ndarray,
+    small: np.ndarray | torch.Tensor,
+    names: tuple[str, ...],
+    options: Options,
 ) -> Segmentation:
     """Score map of the resized photo -> result at the photo's own size (protocol step 6)."""
     height, width = photo.shape[:2]

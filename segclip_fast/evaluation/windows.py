@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import require
-from ..data.images import resize_bilinear_uint8
+from ..data.images import resize_bilinear_tensor, resize_bilinear_uint8
 from ..data.transforms import pixel_statistics, standardise
 from .score_map import PatchMap, Scores, merge_windows
 from .scoring import PROTOCOLS, Background, PatchScores, Protocol, RegionScores, score_windows
@@ -73,6 +73,24 @@ def resize_short_side(image: np.ndarray, short: int, long_limit: int = LONG_SIDE
     """Resize a (H, W, 3) uint8 photo to (h, w, 3) uint8 by protocol step 1 (bilinear, no antialiasing)."""
     size = short_side_size(image.shape[0], image.shape[1], short, long_limit)
     return image if size == image.shape[:2] else resize_bilinear_uint8(image, size)
+
+
+def resize_on(image: np.ndarray | Tensor, short: int, device: torch.device) -> np.ndarray | Tensor:
+    """As `resize_short_side`, on the device where that is a GPU, and the same bits there.
+
+    Args:
+        image: (H, W, 3) uint8.
+        short: short side of the result in pixels.
+        device: where the model is.
+
+    Returns:
+        (h, w, 3) uint8, on the GPU or as it came.
+    """
+    if device.type != "cuda":
+        return image if isinstance(image, Tensor) else resize_short_side(image, short)
+    pixels = torch.as_tensor(image).to(device, non_blocking=True)
+    size = short_side_size(image.shape[0], image.shape[1], short)
+    return pixels if size == tuple(image.shape[:2]) else resize_bilinear_tensor(pixels, size)
 
 
 def window_starts(side: int, crop: int, stride: int) -> list[int]:
@@ -175,7 +193,8 @@ def score_images(
         ValueError: an option out of range.
     """
     short = model.image_size if sliding.short_side is None else sliding.short_side
-    resized = [resize_short_side(image, short) for image in images]
+    device = next(model.parameters()).device
+    resized = [resize_on(image, short, device) for image in images]
     return score_resized(model, resized, labels, background, sliding)
 
 

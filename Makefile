@@ -63,6 +63,15 @@ GPU = PATH="$(CURDIR)/build/site/bin:$(PYTHON_BIN):$$PATH" PYTHONPATH="$(CURDIR)
 PIP_OFFLINE = -m pip install --quiet --no-index --no-deps --upgrade --target build/site
 TABLES = --readme README.md --performance docs/performance.md --superpixels docs/superpixels.md
 
+# What takes time on a GPU machine is compiling kernels, one after the other. Tests run in parallel where pytest-xdist
+# is there; then a smoke run of the benchmarks fills Triton's and Inductor's caches in parallel, so that the timed run,
+# alone on the device, finds its kernels compiled. TESTS and BENCHES pick a part.
+PARALLEL = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(12, os.cpu_count()), '--dist worksteal')" 2>/dev/null)
+OPS = $(addprefix benchmarks/bench_,$(addsuffix .py,attention attention_packed group_assign linear superpixel_kl))
+
+TESTS ?= tests
+BENCHES ?= benchmarks/
+
 gpu: ## on a machine with a GPU, offline: CUDA build, GPU tests, benchmarks into benchmarks/results/<gpu>.json
 	mkdir -p build/site
 	$(if $(WHEELS),$(PYTHON) $(PIP_OFFLINE) $(WHEELS)/*.whl)
@@ -70,6 +79,7 @@ gpu: ## on a machine with a GPU, offline: CUDA build, GPU tests, benchmarks into
 	rm -rf build/lib* build/bdist*
 	WITH_CUDA=on $(GPU) $(PIP_OFFLINE) --no-build-isolation .
 	status=0; \
-	$(GPU) -m pytest -m gpu tests || status=$$?; \
-	SEGCLIP_BENCH_DEVICE=cuda $(GPU) -m pytest benchmarks/ --benchmark-only --benchmark-json=build/gpu.json || status=$$?; \
+	$(GPU) -m pytest -m gpu $(PARALLEL) $(TESTS) || status=$$?; \
+	$(if $(PARALLEL),SEGCLIP_BENCH_DEVICE=cuda SEGCLIP_BENCH_SMOKE=1 $(GPU) -m pytest $(PARALLEL) $(or $(filter $(OPS),$(BENCHES)),$(OPS)) > build/warm.log 2>&1;) \
+	SEGCLIP_BENCH_DEVICE=cuda $(GPU) -m pytest $(BENCHES) --benchmark-only --benchmark-json=build/gpu.json || status=$$?; \
 	COMMIT="$(COMMIT)" $(PYTHON) benchmarks/report.py --benchmarks build/gpu.json $(TABLES) && exit $$status

@@ -26,7 +26,7 @@ def run_main(name: str, run: Callable[[Sequence[str] | None], int | None], argv:
     """
     try:
         return run(argv) or 0
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"{name}: error: {lines[0]}", file=sys.stderr)
         return 2

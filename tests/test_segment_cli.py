@@ -1,4 +1,7 @@
-"""The command line `python -m segclip_fast.segment`: files, table, and one line for every mistake."""
+"""The command line `python -m segclip_fast.segment` for one photo: files, table, one line for every mistake.
+
+Folders of photos are in test_mask_folder.py.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +79,85 @@ def test_options_reach_the_segmenter(photo, loaded, tmp_path, monkeypatch):
     }
 
 
+def test_pamr_precision_and_batch_size_reach_the_segmenter(photo, loaded, tmp_path, monkeypatch):
+    seen = {}
+    real = cli_segment()
+
+    def spy(model, image, labels, **options):
+        seen.update(options)
+        return real(model, image, labels)
+
+    monkeypatch.setattr("segclip_fast.evaluation.segmentation.segment", spy)
+    assert call(photo, tmp_path / "out.png", "--pamr", "--precision", "bf16", "--batch-size", "3") == 0
+    assert {name: seen[name] for name in ("pamr", "precision", "batch_size")} == {
+        "pamr": True,
+        "precision": "bf16",
+        "batch_size": 3,
+    }
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_labels_from_a_file(photo, loaded, tmp_path, capsys, encoding):
+    (tmp_path / "labels.txt").write_text("red\n\n  blue, or navy  \r\ngrün\n", encoding=encoding)
+    arguments = [str(photo), "--labels-file", str(tmp_path / "labels.txt"), "--model", "weights"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "out.png")]) == 0
+    assert loaded == [("weights", "auto")]
+    found = [line.split("  ")[0].rstrip() for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert sorted(found) == ["blue, or navy", "grün", "red"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--labels-file: expected an existing text file, got "),
+        (b"", "--labels-file: expected at least one non-empty string"),
+        (b"\n \n", "--labels-file: expected at least one non-empty string"),
+        (b"red\nRED\n", "--labels-file: expected distinct labels, got 'red' and 'RED'"),
+        (b"gr\xfcn\n", "--labels-file: expected UTF-8 text, got "),
+    ],
+    ids=str,
+)
+def test_bad_labels_file(photo, loaded, tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "labels.txt").write_bytes(content)
+    arguments = [str(photo), "--labels-file", str(tmp_path / "labels.txt"), "--model", "weights"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "out.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"segment: error: {message}")
+    assert error.count("\n") == 1
+    assert loaded == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--labels", "red", "--labels-file", "labels.txt"]], ids=str)
+def test_labels_are_given_once(photo, loaded, tmp_path, capsys, arguments):
+    output = ["--model", "weights", "--output", str(tmp_path / "out.png")]
+    assert cli.main([str(photo), *arguments, *output]) == 2
+    assert "--labels-file" in capsys.readouterr().err
+    assert loaded == []
+
+
+@pytest.mark.parametrize("options", [["--resume"], ["--overlay"], ["--rle", "coco.json"]], ids=str)
+def test_options_for_folders_only(photo, loaded, tmp_path, capsys, options):
+    assert call(photo, tmp_path / "out.png", *options) == 2
+    assert f"{options[0]}: expected with a folder of photos only, got " in capsys.readouterr().err
+    assert loaded == []
+
+
+def test_written_whole_or_not_at_all(photo, loaded, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out.png").write_text("precious")
+
+    def fail(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert call(photo, tmp_path / "out.png", "--overwrite") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert (tmp_path / "out.png").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def cli_segment():
     from segclip_fast.evaluation.segmentation import segment
 
@@ -117,6 +199,8 @@ def test_the_photo_is_never_overwritten(photo, loaded, capsys):
         ("red", ["--template", "photo"], "templates: expected strings with {}"),
         ("red", ["--stride", "99"], "stride: expected 1 to 32"),
         ("red", ["--protocol", "ours"], "argument --protocol: invalid choice"),
+        ("red", ["--precision", "int8"], "argument --precision: invalid choice"),
+        ("red", ["--batch-size", "0"], "batch_size: expected a positive number"),
         ("red", ["--surprise"], "unrecognized arguments: --surprise"),
     ],
     ids=str,

@@ -25,6 +25,8 @@ _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _LABEL_MODES = ("1", "L", "P", "I;16", "I;16B", "I", "RGB")
 _truncated_lock = threading.Lock()
+_decoding: list[bool] = []  # one entry for each decoding that goes on
+_before: list[bool] = []  # LOAD_TRUNCATED_IMAGES as it was
 
 # cv2.resize's fixed point: weights have 11 bits; 4 + 16 + 2 bits are shifted out again on the way to 8 bits.
 _WEIGHT_ONE = 2048
@@ -243,14 +245,22 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 @contextmanager
 def _truncation_is_an_error() -> Iterator[None]:
-    """Hold Pillow's global LOAD_TRUNCATED_IMAGES at False: when set, missing rows are silently gray."""
+    """Hold Pillow's global LOAD_TRUNCATED_IMAGES at False: when set, missing rows are silently gray.
+
+    Threads may decode together: the first sets it, the last puts back what was there.
+    """
     with _truncated_lock:
-        before = ImageFile.LOAD_TRUNCATED_IMAGES
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
+        if not _decoding:
+            _before[:] = [ImageFile.LOAD_TRUNCATED_IMAGES]
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        _decoding.append(True)
+    try:
+        yield
+    finally:
+        with _truncated_lock:
+            _decoding.pop()
+            if not _decoding:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _before[0]
 
 
 def _from_tensor(tensor: Any, name: str) -> np.ndarray:

@@ -61,7 +61,7 @@ def load_segmenter(spec: str, device: str | torch.device = "auto") -> Segmenter:
         from ..model.segclip import SegCLIP
 
         model = SegCLIP.from_pretrained(spec)
-    return model.to(target).eval()  # type: ignore[return-value]  # a module and a Segmenter
+    return model.to(target).eval()
 
 
 def fingerprint(spec: str, model: Segmenter) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .._cli import Parser
+from .._cli import Parser, run_main
 from ..interop.files import write_whole
 from .label_maps import coco_object_table, read_labels
 
@@ -82,15 +82,13 @@ def prepare_coco_object(stuffthing: Path, output: Path, *, overwrite: bool = Fal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 after one line about what is wrong."""
-    try:
-        args = build_parser().parse_args(argv)
-        written, kept = prepare_coco_object(args.stuffthing, args.output, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"prepare: error: {lines[0]}", file=sys.stderr)
-        return 2
+    return run_main("prepare", _run, argv)
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    written, kept = prepare_coco_object(args.stuffthing, args.output, overwrite=args.overwrite)
     print(f"coco-object: {written} maps written, {kept} kept, in {args.output}")
-    return 0
 
 
 if __name__ == "__main__":

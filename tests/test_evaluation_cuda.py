@@ -15,8 +15,9 @@ from segclip_fast.data.sample import RawSample
 from segclip_fast.evaluation.harness import evaluate_source
 from segclip_fast.evaluation.metric import ConfusionMatrix
 from segclip_fast.evaluation.refine import label_pixels
-from segclip_fast.evaluation.score_map import PatchMap, ScoreMap
+from segclip_fast.evaluation.score_map import ScoreMap
 from segclip_fast.evaluation.segmentation import segment_batch
+from segclip_fast.evaluation.window_maps import PatchMap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 LABELS = ["cat", "dog", "sofa", "grass"]

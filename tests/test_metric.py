@@ -11,7 +11,7 @@ import torch
 from test_windows import COLOURS, GREY, ColourModel, painted
 
 from segclip_fast.data.sample import RawSample
-from segclip_fast.evaluation.metric import ConfusionMatrix, evaluate_source
+from segclip_fast.evaluation.metric import ConfusionMatrix, confusions, evaluate_source, mean_iou
 
 
 def measured(pred, truth, classes):
@@ -187,3 +187,24 @@ def test_source_refusals():
         ValueError, match=re.escape("expected a mask of shape (40, 64) for sample 1, got (64, 40)")
     ):
         evaluate_source(model, source, labels=PROMPTS)
+
+
+def test_counts_of_several_images_at_once():
+    rng = np.random.default_rng(0)
+    preds = [torch.from_numpy(rng.integers(0, 6, size)) for size in ((4, 5), (7, 3), (1, 1))]
+    truths = [torch.from_numpy(rng.integers(0, 6, p.shape).astype(np.uint8)) for p in preds]
+    truths[0][:2], truths[2][:] = 255, 255
+    found = confusions(preds, truths, 6)
+    assert found.shape == (3, 6, 6)
+    for counts, pred, truth in zip(found, preds, truths, strict=True):
+        matrix = ConfusionMatrix(6)
+        assert torch.equal(counts, matrix.update(pred, truth))
+    means = mean_iou(found)
+    assert means[0] == pytest.approx(ConfusionMatrix.result(_matrix(preds[0], truths[0])).miou)
+    assert torch.isnan(means[2])  # nothing counted
+
+
+def _matrix(pred, truth):
+    matrix = ConfusionMatrix(6)
+    matrix.update(pred, truth)
+    return matrix

@@ -12,10 +12,11 @@ from test_windows import COLOURS, GREY, ColourModel, LargestFloat, painted, rand
 
 from segclip_fast.evaluation.pamr import pamr
 from segclip_fast.evaluation.refine import PamrScores, label_pixels
-from segclip_fast.evaluation.score_map import PatchMap, ScoreMap, Scores, compact, resize_bands
+from segclip_fast.evaluation.score_map import ScoreMap, Scores, compact, merge_windows, resize_bands
 from segclip_fast.evaluation.scoring import Background, fold_background
 from segclip_fast.evaluation.segmentation import segment, segment_batch
 from segclip_fast.evaluation.segmenter import PatchFeatures
+from segclip_fast.evaluation.window_maps import PatchMap, WindowMap
 from segclip_fast.evaluation.windows import Sliding, in_batches, plan_windows, score_images
 
 
@@ -80,6 +81,25 @@ def test_patch_map_arg_max_and_regions():
     assert (labels != dense.argmax(dim=0)).sum() <= 2
     winners = dense_of(scores).argmax(dim=0)
     assert len(scores.regions.unique()) == len(winners.unique())
+
+
+@pytest.mark.parametrize("max_floats", [3000, 2**24])
+def test_windows_apart_equal_windows_merged(max_floats):
+    windows = plan_windows(24, 40, 16, 12)
+    parts = [
+        (torch.randint(4, (2, 2)).repeat_interleave(8, 0).repeat_interleave(8, 1), torch.rand(4, 6))
+        for _ in windows
+    ]
+    apart, merged = WindowMap(windows, parts, (24, 40)), merge_windows((24, 40), windows, parts)
+    assert (apart.count, apart.size) == (6, (24, 40))
+    torch.testing.assert_close(apart.planes(1, 5), merged.dense()[1:5])
+    assert torch.equal(apart.regions, merged.regions)
+    labels, values = apart.arg_max(50, 70, max_floats)
+    expected, best = merged.arg_max(50, 70)
+    torch.testing.assert_close(values, best)
+    assert (labels != expected).float().mean() < 2e-3
+    ids = torch.arange(50 * 70).reshape(50, 70) // 100
+    torch.testing.assert_close(apart.superpixel_means(ids), merged.superpixel_means(ids))
 
 
 @pytest.mark.parametrize("max_floats", [1, 4000, 2**24])

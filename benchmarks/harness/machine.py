@@ -14,16 +14,18 @@ PACKAGES = ("torch", "triton", "xformers", "open_clip_torch", "numpy", "scikit-i
 
 
 def commit() -> str:
-    """The checkout's commit, marked if the tree has changes; COMMIT where there is no git to ask.
+    """COMMIT if it is set (`make gpu` sets it); else the checkout's commit, marked if the tree has changes.
 
     Changes of what a run itself writes, results and the pages with their tables, do not count.
     """
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     written = [f":!{path}" for path in ("benchmarks/results", "docs", "README.md")]
     try:
         name = _git("describe", "--always", "--abbrev=12")
         return name + ("-dirty" if _git("status", "--porcelain", "--", ".", *written) else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT") or "unknown"
+        return "unknown"
 
 
 def _git(*arguments: str) -> str:

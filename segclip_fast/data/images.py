@@ -5,6 +5,7 @@ Shapes: H, W pixels, C channels.
 
 from __future__ import annotations
 
+import functools
 import struct
 import sys
 import threading
@@ -150,20 +151,23 @@ def resize_bilinear_tensor(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
     import torch
 
     height, width = size_hw
-    left, right, weight_left, weight_right = (
-        torch.from_numpy(taps).to(image.device)
-        for taps in _linear_taps(image.shape[1], width, snap_border=True)
-    )
-    upper, lower, weight_upper, weight_lower = (
-        torch.from_numpy(taps).to(image.device)
-        for taps in _linear_taps(image.shape[0], height, snap_border=False)
-    )
+    left, right, weight_left, weight_right = _taps_on(image.device, image.shape[1], width, True)
+    upper, lower, weight_upper, weight_lower = _taps_on(image.device, image.shape[0], height, False)
     pixels = image.to(torch.int32)
     across = pixels[:, left] * weight_left[:, None] + pixels[:, right] * weight_right[:, None]
     across >>= 4  # (H, width, C), 15 bits
     top = (across[upper] * weight_upper[:, None, None]) >> 16
     bottom = (across[lower] * weight_lower[:, None, None]) >> 16
     return ((top + bottom + 2) >> 2).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=256)
+def _taps_on(device: Any, n_in: int, n_out: int, snap_border: bool) -> tuple[Tensor, ...]:
+    """`_linear_taps` as tensors on a device, kept: photos of a data set have few sizes."""
+    import torch
+
+    taps = _linear_taps(n_in, n_out, snap_border=snap_border)
+    return tuple(torch.from_numpy(values).to(device) for values in taps)
 
 
 def _linear_taps(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._checks import require
 from ..data.sample import IGNORE_LABEL, ImageTextSource
-from .metric import ConfusionMatrix, MetricResult, confusion, mean_iou
+from .metric import ConfusionMatrix, MetricResult, confusions, mean_iou
 from .options import Options, Vocabulary, prepare_vocabulary
 from .refine import label_pixels, photo_superpixels
 from .segmenter import Segmenter
@@ -36,7 +36,7 @@ from .windows import (
     score_resized,
 )
 
-STEP_PIXELS = 2**25  # at most so many pixels of images in one step, all together
+STEP_PIXELS = 2**24  # at most so many pixels of images in one step, all together
 MOST_IMAGES = 128  # of one step
 
 
@@ -113,12 +113,13 @@ def _truth(mask: np.ndarray | None, image: np.ndarray, classes: int, index: int)
     if mask.shape != image.shape[:2]:
         size = image.shape[:2]
         raise ValueError(f"source: expected a mask of shape {size} for sample {index}, got {mask.shape}")
-    wrong = (mask != IGNORE_LABEL) & ((mask < 0) | (mask >= classes))
+    labels = mask.astype(np.uint8)
+    wrong = (labels >= classes) & (labels != IGNORE_LABEL) | (labels != mask)
     if wrong.any():
         got = int(mask[wrong][0])
         wanted = f"labels 0 to {classes - 1} or {IGNORE_LABEL} in the mask of sample {index}"
         raise ValueError(f"source: expected {wanted}, got {got}")
-    return mask.astype(np.uint8)
+    return labels
 
 
 def _loaded(dataset: _Preparation, images: int, workers: int) -> Iterable[list[Prepared]]:
@@ -190,15 +191,16 @@ def evaluate_set(
     steps = _loaded(dataset, images or _step_images(model, sliding), workers)
     with evaluation_mode(model), _bar(len(dataset), progress and rank == 0) as bar:
         for step in steps:
-            for item, found in zip(step, _predict(model, step, vocabulary, options), strict=True):
-                truth = item.truth.to(device, non_blocking=True)
-                qualities.append(mean_iou(matrix.add(confusion(found, truth, len(names)))))
-                identifiers.append(item.identifier)
+            found = list(_predict(model, step, vocabulary, options))
+            counts = confusions(found, [item.truth for item in step], len(names))
+            matrix.add(counts.sum(dim=0))
+            qualities.append(mean_iou(counts))
+            identifiers += [item.identifier for item in step]
             bar.update(len(step))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
-    shares = dict(zip(identifiers, torch.stack(qualities).tolist() if qualities else (), strict=True))
+    shares = dict(zip(identifiers, torch.cat(qualities).tolist() if qualities else (), strict=True))
     return _gather(matrix, names, len(identifiers), seconds, shares, count)
 
 

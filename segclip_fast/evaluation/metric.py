@@ -53,11 +53,29 @@ def confusion(pred: Tensor, truth: Tensor, classes: int, ignore: int = IGNORE_LA
     return counts[: classes * classes].view(classes, classes)
 
 
+def confusions(preds: Sequence[Tensor], truths: Sequence[Tensor], classes: int) -> Tensor:
+    """`confusion` of each of several images of any sizes, (images, C, C) int64, in few operations.
+
+    Args:
+        preds: integers in 0..C-1, on one device.
+        truths: integers in 0..C-1 or 255, of the same shapes, anywhere.
+        classes: C.
+    """
+    device, bins = preds[0].device, classes * classes + 1
+    pred = torch.cat([labels.flatten() for labels in preds])
+    truth = torch.cat([labels.flatten() for labels in truths]).to(device).long()
+    sizes = torch.tensor([labels.numel() for labels in preds], device=device)
+    image = torch.arange(len(preds), device=device).repeat_interleave(sizes, output_size=len(pred))
+    place = torch.where(truth == IGNORE_LABEL, bins - 1, truth * classes + pred) + image * bins
+    counts = torch.bincount(place, minlength=len(preds) * bins).view(len(preds), bins)
+    return counts[:, :-1].unflatten(1, (classes, classes))
+
+
 def mean_iou(counts: Tensor) -> Tensor:
-    """Mean intersection over union of (C, C) counts, scalar float64; NaN if no class occurs."""
-    hit = counts.diagonal().double()
-    union = counts.sum(0) + counts.sum(1) - hit
-    return (hit / union).nanmean()  # 0 / 0 is NaN: the class does not occur
+    """Mean intersection over union of (..., C, C) counts, (...) float64; NaN if no class occurs."""
+    hit = counts.diagonal(dim1=-2, dim2=-1).double()
+    union = counts.sum(-1) + counts.sum(-2) - hit
+    return (hit / union).nanmean(dim=-1)  # 0 / 0 is NaN: the class does not occur
 
 
 class ConfusionMatrix:

@@ -1,14 +1,13 @@
 """The label scores of one photo in little memory, and what is made of them: arg max, means of superpixels.
 
 Shape legend: C labels (with the background column where there is one), h w the resized photo, H W the photo's
-own size, K distinct score rows of a photo, L regions of a window, M windows of a photo, S superpixels, (r, c)
-grid of patches of a window.
+own size, K distinct score rows of a photo, L regions of a window, S superpixels.
 
 A (C, H, W) float tensor never exists, however large the photo. Grouping models give every pixel the scores
 of its region, or the mean over the windows that cover it: few distinct rows. `ScoreMap` keeps that palette of
 rows and an index per pixel, and resizes it exactly: a pixel whose four bilinear neighbours share a row needs
-no arithmetic, the others are blended in bounded chunks. Dense models score every patch: `PatchMap` keeps the
-grids and upsamples some labels at a time. All tensors of a map are on one device, and so are its results.
+no arithmetic, the others are blended in bounded chunks. `window_maps` has the forms for GPUs and for dense
+models. All tensors of a map are on one device, and so are its results.
 """
 
 from __future__ import annotations
@@ -16,11 +15,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -234,52 +231,6 @@ class Band:
 def _following(count: int, device: torch.device) -> Tensor:
     """The next index of each, the last one's own."""
     return torch.arange(1, count + 1, device=device).clamp(max=count - 1)
-
-
-@dataclass(frozen=True, eq=False)
-class PatchMap(Scores):
-    """Label scores of one resized photo, a row for each patch of each window, upsampled bilinearly.
-
-    Attributes:
-        grids: (M, C, r, c) float32, scores of the patches of each window.
-        windows: their M places; together they cover the photo.
-        padded: size in pixels that a window was padded to, which its grid covers.
-        photo: (h, w) of the resized photo.
-    """
-
-    grids: Tensor
-    windows: Sequence[Window]
-    padded: tuple[int, int]
-    photo: tuple[int, int]
-
-    @property
-    def count(self) -> int:
-        """C."""
-        return self.grids.shape[1]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(h, w)."""
-        return self.photo
-
-    @cached_property
-    def _labels(self) -> Tensor:
-        return torch.unique(self.arg_max(*self.photo)[0], return_inverse=True)[1]
-
-    @property
-    def regions(self) -> Tensor:
-        """A dense model has no regions: the pixels of one label are one, (h, w) int64."""
-        return self._labels
-
-    def planes(self, start: int, stop: int) -> Tensor:
-        """Scores of the labels from `start` to `stop`, the mean over the windows that cover a pixel."""
-        total = self.grids.new_zeros(stop - start, *self.photo)
-        cover = self.grids.new_zeros(self.photo)
-        for grid, window in zip(self.grids[:, start:stop], self.windows, strict=True):
-            upsampled = F.interpolate(grid[None], self.padded, mode="bilinear", align_corners=False)[0]
-            total[(slice(None), *window.slices)] += upsampled[:, : window.height, : window.width]
-            cover[window.slices] += 1.0
-        return total / cover
 
 
 def bilinear_taps(

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from .._checks import require
 from ..data.images import resize_bilinear_tensor, resize_bilinear_uint8
 from ..data.transforms import pixel_statistics, standardise
-from .score_map import PatchMap, Scores, merge_windows
+from .score_map import Scores, merge_windows
 from .scoring import PROTOCOLS, Background, PatchScores, Protocol, RegionScores, score_windows
 from .segmenter import Segmenter
+from .window_maps import PatchMap, WindowMap
 
 LONG_SIDE = 2048  # protocol step 1: no photo is made longer than this
 CPU_BATCH = 32  # windows per call of the image encoder
@@ -129,7 +130,8 @@ def pad_to_patch(images: torch.Tensor, patch: int) -> torch.Tensor:
 def evaluation_mode(model: Segmenter) -> Iterator[None]:
     """Evaluation mode without gradients for the block; a training model returns to training afterwards."""
     training = model.training
-    model.eval()
+    if training:  # telling every module takes milliseconds
+        model.eval()
     try:
         with torch.no_grad():
             yield
@@ -281,7 +283,10 @@ def _merge(
     if patches:
         return PatchMap(torch.stack([part.grids for part in patches]), plan, patches[0].padded, size)
     regions = [part for part in parts if isinstance(part, RegionScores)]
-    return merge_windows(size, plan, [(part.regions, part.scores) for part in regions])
+    pairs = [(part.regions, part.scores) for part in regions]
+    if pairs[0][1].is_cuda:
+        return WindowMap(plan, pairs, size)
+    return merge_windows(size, plan, pairs)
 
 
 def batch_for(model: Segmenter) -> int:

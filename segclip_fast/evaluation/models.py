@@ -70,7 +70,9 @@ def fingerprint(spec: str, model: Segmenter) -> dict[str, str]:
     Returns:
         {"sha256": hex digits, "of": what was hashed}.
     """
-    path = Path(spec)
+    kind, _, rest = spec.partition(":")
+    named = {"groupvit": rest, "maskclip": rest.partition(":")[2]}.get(kind, spec)
+    path = Path(named)
     file = path / WEIGHTS if path.is_dir() else path
     digest = hashlib.sha256()
     if file.is_file():

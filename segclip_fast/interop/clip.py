@@ -24,7 +24,7 @@ from .files import check_names, read_torch
 if TYPE_CHECKING:
     from ..model.segclip import SegCLIP
 
-_SCALARS = ("input_resolution", "context_length", "vocab_size")
+SCALARS = ("input_resolution", "context_length", "vocab_size")
 _ADDED = ("vision.grouping.", "reconstruction.")
 
 
@@ -101,7 +101,7 @@ def load_clip(model: SegCLIP, values: Mapping[str, Tensor], source: str) -> None
     Raises:
         ValueError: a tensor is missing, unknown or of another shape.
     """
-    found = {name: value.float() for name, value in values.items() if name not in _SCALARS}
+    found = {name: value.float() for name, value in values.items() if name not in SCALARS}
     positions = "visual.positional_embedding"
     if positions in found:
         found[positions] = _resize(found[positions], model.vision.config.grid)
@@ -166,7 +166,7 @@ def _architecture(name: str) -> dict[str, Any]:
 def _weights(name: str, pretrained: str) -> dict[str, Tensor]:
     path = Path(pretrained)
     if path.is_file():
-        if _is_archive(path):
+        if is_archive(path):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         return read_torch(path)
     if path.suffix or "/" in pretrained:
@@ -178,7 +178,7 @@ def _weights(name: str, pretrained: str) -> dict[str, Tensor]:
     return dict(open_clip.create_model(name, pretrained=pretrained).state_dict())
 
 
-def _is_archive(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
     """Whether `path` is a TorchScript archive, as OpenAI distributes CLIP."""
     import zipfile
 

@@ -14,7 +14,6 @@ import torch
 from golden import golden, golden_folder, golden_model
 
 from segclip_fast.data.transforms import normalise
-from segclip_fast.evaluation.vocabularies import VOC
 from segclip_fast.evaluation.score_map import merge_windows
 from segclip_fast.evaluation.scoring import (
     Background,
@@ -22,11 +21,12 @@ from segclip_fast.evaluation.scoring import (
     effective_threshold,
     label_affinity,
 )
+from segclip_fast.evaluation.vocabularies import VOC
 from segclip_fast.evaluation.windows import Window, plan_windows, resize_short_side, score_images
 from segclip_fast.losses import inverse_temperature
 
 CASES = [(text, photo) for text in ("prompts", "planted") for photo in ("astronaut", "chelsea")]
-cases = pytest.mark.parametrize(("text", "photo"), CASES, ids="-".join)
+cases = pytest.mark.parametrize(("text", "photo"), CASES)
 
 pytestmark = [
     pytest.mark.golden,

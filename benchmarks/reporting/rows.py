@@ -8,7 +8,7 @@ from typing import Any
 
 Entry = Mapping[str, Any]
 CEILINGS = ("copy", "product")
-END_TO_END = ("training step", "encode_image", "segment")
+END_TO_END = ("training step", "encode_image", "segment", "evaluation")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,12 @@ LINK = "benchmarks/results/"
 NO_GPU = "No run on a GPU is stored: speed on GPUs is unproven so far (`make gpu` measures it)."
 MB = 1e6
 RIVALS = {"reference": "the reference", "compiled": "the compiled reference", "fast": "the fast path"}
+RATED = {  # of the evaluation; its reference is the release's pipeline
+    "reference": "the release's pipeline",
+    "official, fast encoder": "the same on the fast encoder",
+    "fast": "the fast path",
+    "fast bf16": "the fast path in bf16",
+}
 
 
 def demo_table(report: dict[str, Any], file: str) -> str:
@@ -142,7 +148,7 @@ def notes(rows: list[Row]) -> list[str]:
             lines[
                 f"The fast path with PyTorch's own products instead of oneDNN's: {row.words()}, {times}"
             ] = None
-        for name in row.rivals.keys() - {*RIVALS, "fast compiled", "fast without oneDNN"}:
+        for name in row.rivals.keys() - {*RIVALS, *RATED, "fast compiled", "fast without oneDNN"}:
             times = f"{name} {figure(row.ms(name))} ms against {figure(fast)} ms"
             lines[f"Not used by `auto`: {row.words()}, {times}"] = None
         if "fast compiled" in row.rivals:
@@ -151,7 +157,18 @@ def notes(rows: list[Row]) -> list[str]:
         for name, reason in (row.first().get("absent") or {}).items():
             if name in RIVALS or not reason.startswith(("auto takes", "asked for")):
                 lines[f"{name} not run, {row.op}: {reason}"] = None
-    return [*lines, *_best_step(rows)]
+    return [*lines, *_best_step(rows), *_rates(rows)]
+
+
+def _rates(rows: list[Row]) -> list[str]:
+    """Images per second of what is measured on whole photos."""
+    lines = []
+    for row in rows:
+        rates = {words: row.fact(name, "images_per_second") for name, words in RATED.items()}
+        found = ", ".join(f"{words} {figure(rate)}" for words, rate in rates.items() if rate is not None)
+        if found:
+            lines.append(f"Images per second, {row.op} of {row.size}: {found}")
+    return lines
 
 
 def _best_step(rows: list[Row]) -> list[str]:

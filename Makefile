@@ -61,7 +61,7 @@ PYTHON_BIN = $(abspath $(dir $(shell command -v $(PYTHON))))
 GPU = PATH="$(CURDIR)/build/site/bin:$(PYTHON_BIN):$$PATH" PYTHONPATH="$(CURDIR)/build/site" PYTHONSAFEPATH=1 \
   COMMIT="$(COMMIT)" $(PYTHON)
 PIP_OFFLINE = -m pip install --quiet --no-index --no-deps --upgrade --target build/site
-TABLES = --readme README.md --performance docs/performance.md --superpixels docs/superpixels.md
+TABLES = --readme README.md --performance docs/performance.md --superpixels docs/superpixels.md --refinement docs/refinement.md
 
 # What takes time on a GPU machine is compiling kernels, one after the other. Tests run in parallel where pytest-xdist
 # is there; then a smoke run of the benchmarks fills Triton's and Inductor's caches in parallel, so that the timed run,

@@ -12,7 +12,7 @@ from report import RESULTS, commit, store
 
 from segclip_fast.config import TrainConfig
 from segclip_fast.data.scenes import SceneSource
-from segclip_fast.evaluation.metric import evaluate_source
+from segclip_fast.evaluation.harness import evaluate_source
 from segclip_fast.training.loop import train
 from segclip_fast.training.presets import scenes
 

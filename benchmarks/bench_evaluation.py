@@ -25,7 +25,7 @@ from harness.settings import CUDA, DEVICE, SMOKE
 from PIL import Image
 
 from segclip_fast.data.sample import IGNORE_LABEL, RawSample
-from segclip_fast.evaluation.metric import evaluate_source
+from segclip_fast.evaluation.harness import evaluate_source
 from segclip_fast.evaluation.segmentation import segment_batch
 from segclip_fast.evaluation.vocabularies import VOC
 from segclip_fast.ops import felzenszwalb

@@ -2,11 +2,14 @@
 
     pytest benchmarks/ --benchmark-only --benchmark-json=out.json
     python benchmarks/report.py --benchmarks out.json --demo demo/report.json \
-        --readme README.md --performance docs/performance.md --superpixels docs/superpixels.md
+        --readme README.md --performance docs/performance.md --superpixels docs/superpixels.md \
+        --refinement docs/refinement.md
 
 A given run replaces its file in benchmarks/results/: cpu_ops.json, cpu_ops_avx512.json for CPUs with AVX-512,
-the GPU's own, cpu_demo.json. What is not given is taken as stored; operations.json comes from flops.py,
-superpixel_*.json from the script of that name. Needs neither torch nor a GPU.
+the GPU's own, cpu_demo.json. Of several runs the later one's entries replace the earlier one's of the same
+name; with --add they join those stored, each under its own commit. What is not given is taken as stored;
+operations.json comes from flops.py, superpixel_*.json and refinements.json from the script of that name.
+Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 from harness.machine import commit, slug
 from reporting.performance import floor_tables, operations_table
+from reporting.refinements import refinement_summary, refinement_tables
 from reporting.superpixel_counts import counts_table
 from reporting.superpixels import agreement_table
 from reporting.tables import demo_table, felzenszwalb_table, gpu_tables, ops_table
@@ -31,27 +35,34 @@ OPS, OPS_AVX512, DEMO, OPERATIONS = (
     "operations.json",
 )
 AGREEMENT, COUNTS = "superpixel_agreement.json", "superpixel_counts.json"
-MARKERS = {  # of the README, docs/performance.md and docs/superpixels.md
+REFINEMENTS = "refinements.json"
+MARKERS = {  # of the README, docs/performance.md, docs/superpixels.md and docs/refinement.md
     "results": ("<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"),
     "operations": ("<!-- operations: written by benchmarks/report.py -->", "<!-- end of operations -->"),
     "floors": ("<!-- floors: written by benchmarks/report.py -->", "<!-- end of floors -->"),
     "agreement": ("<!-- agreement: written by benchmarks/report.py -->", "<!-- end of agreement -->"),
     "counts": ("<!-- counts: written by benchmarks/report.py -->", "<!-- end of counts -->"),
+    "refinements": ("<!-- refinements: written by benchmarks/report.py -->", "<!-- end of refinements -->"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--benchmarks", type=Path, help="pytest-benchmark's JSON of a new run")
+    parser.add_argument("--benchmarks", type=Path, nargs="+", help="pytest-benchmark's JSON of new runs")
+    parser.add_argument("--add", action="store_true", help="keep the stored entries that are not in them")
     parser.add_argument("--demo", type=Path, help="report.json of a new demonstration")
     parser.add_argument("--readme", type=Path, help="write its tables into this file, else print them")
     parser.add_argument("--performance", type=Path, help="write its tables into this file")
     parser.add_argument("--superpixels", type=Path, help="write its tables into this file")
+    parser.add_argument("--refinement", type=Path, help="write its tables into this file")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the stored runs")
     options = parser.parse_args()
     if options.benchmarks:
-        run = condense(json.loads(options.benchmarks.read_text()))
-        store(options.results / file_name(run), run)
+        runs = [condense(json.loads(path.read_text())) for path in options.benchmarks]
+        path = options.results / file_name(runs[0])
+        if options.add and path.is_file():
+            runs.insert(0, json.loads(path.read_text()))
+        store(path, join(runs))
     if options.demo:
         demo = json.loads(options.demo.read_text()) | {"commit": commit()}
         store(options.results / DEMO, demo)
@@ -66,6 +77,8 @@ def main() -> None:
     if options.superpixels is not None:
         agreement, counts = agreement_table(stored.get(AGREEMENT)), counts_table(stored.get(COUNTS))
         fill(options.superpixels, {"agreement": agreement, "counts": counts})
+    if options.refinement is not None:
+        fill(options.refinement, {"refinements": refinement_tables(stored.get(REFINEMENTS))})
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -74,10 +87,11 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def readme_tables(stored: dict[str, dict[str, Any]]) -> str:
-    """What the README says: demonstration, superpixels, ops and steps on the CPU, the same on every GPU."""
+    """What the README says: demonstration, refinements, ops and steps on the CPU, the same on every GPU."""
     parts = []
     if DEMO in stored:
         parts.append(demo_table(stored[DEMO], DEMO))
+    parts.append(refinement_summary(stored.get(REFINEMENTS)))
     parts += [
         table(stored[name], name)
         for table in (felzenszwalb_table, ops_table)
@@ -132,6 +146,23 @@ def condense(run: dict[str, Any]) -> dict[str, Any]:
             for item, entry in zip(run["benchmarks"], entries, strict=True)
         ],
     }
+
+
+def join(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several condensed runs of one machine as one: the last entry of every name, its commit with it.
+
+    Raises:
+        SystemExit: they are of different machines.
+    """
+    first = runs[0]
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        if file_name(run) != file_name(first):
+            raise SystemExit(f"expected runs of one machine, got {file_name(first)} and {file_name(run)}")
+        for item in run["benchmarks"]:
+            own = {"commit": run["commit"]} if run["commit"] != first["commit"] else {}
+            entries[item["group"], item["name"]] = {**own, **item}
+    return {**first, "benchmarks": list(entries.values())}
 
 
 def file_name(run: dict[str, Any]) -> str:

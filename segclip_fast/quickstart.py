@@ -22,7 +22,8 @@ import torch
 from .config import TrainConfig
 from .data.sample import ImageTextSource
 from .data.scenes import SceneSource
-from .evaluation.metric import ConfusionMatrix, MetricResult, evaluate_source
+from .evaluation.harness import evaluate_source
+from .evaluation.metric import ConfusionMatrix, MetricResult
 from .interop.files import write_whole
 from .model.segclip import SegCLIP
 from .training.loop import FINAL, initial_model, train

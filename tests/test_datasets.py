@@ -14,8 +14,8 @@ from test_windows import ColourModel
 from segclip_fast.data.sample import ImageTextSource
 from segclip_fast.evaluation import class_names as lists
 from segclip_fast.evaluation.datasets import DATASETS
+from segclip_fast.evaluation.harness import evaluate_source
 from segclip_fast.evaluation.label_maps import coco_stuff_table
-from segclip_fast.evaluation.metric import evaluate_source
 from segclip_fast.evaluation.prompts import check_labels
 from segclip_fast.evaluation.vocabularies import VOCABULARIES
 

@@ -11,7 +11,8 @@ import torch
 from test_windows import COLOURS, GREY, ColourModel, painted
 
 from segclip_fast.data.sample import RawSample
-from segclip_fast.evaluation.metric import ConfusionMatrix, confusions, evaluate_source, mean_iou
+from segclip_fast.evaluation.harness import evaluate_source
+from segclip_fast.evaluation.metric import ConfusionMatrix, confusions, mean_iou
 
 
 def measured(pred, truth, classes):

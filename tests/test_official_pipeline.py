@@ -34,7 +34,8 @@ from small import small_model
 
 from segclip_fast.data.images import resize_bilinear_uint8
 from segclip_fast.data.sample import RawSample
-from segclip_fast.evaluation.metric import ConfusionMatrix, evaluate_source
+from segclip_fast.evaluation.harness import evaluate_source
+from segclip_fast.evaluation.metric import ConfusionMatrix
 from segclip_fast.evaluation.prompts import encode_labels
 from segclip_fast.evaluation.segmentation import segment_batch
 from segclip_fast.evaluation.vocabularies import VOCABULARIES

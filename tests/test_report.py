@@ -107,6 +107,30 @@ def test_a_run_is_condensed_under_its_gpus_name(tmp_path):
     assert report.load(tmp_path / "results") == {"x.json": run}
 
 
+def test_superpixels_are_measured_beside_the_step_of_their_batch():
+    run = fake_run()
+    run["benchmarks"] += [superpixels("cuda float64", ms, n) for ms, n in ((3.0, 96), (4.0, 256))]
+    run["benchmarks"].append(superpixels("cuda patch_labels", 0.01, 96))
+    text = report.readme_tables({"nvidia-h200.json": report.condense(run)})
+    assert "Superpixels of a batch: 3.0% of a training step (B 96, bf16)" in text
+    assert "| patch_labels, batch of 96 | cuda patch_labels | 0.000104 | 1.00 |" in text
+
+
+def test_several_runs_are_joined():
+    first, second = report.condense(fake_run()), report.condense(fake_run())
+    second["commit"] = "later"
+    second["benchmarks"] = [{**second["benchmarks"][3], "median_ms": 3.0}, {"group": "new", "name": "n"}]
+    found = report.join([first, second])
+    assert found["commit"] == first["commit"]
+    assert len(found["benchmarks"]) == len(first["benchmarks"]) + 1
+    by_name = {item["name"]: item for item in found["benchmarks"]}
+    assert by_name["test_group_assign[compiled]"]["median_ms"] == 3.0
+    assert by_name["test_group_assign[compiled]"]["commit"] == by_name["n"]["commit"] == "later"
+    assert "commit" not in by_name["test_group_assign[fast]"]
+    with pytest.raises(SystemExit, match="runs of one machine, got nvidia-h200.json and cpu_ops.json"):
+        report.join([first, report.condense(fake_run("cpu"))])
+
+
 def test_a_smoke_run_is_refused():
     run = fake_run()
     run["benchmarks"][0]["extra_info"]["smoke"] = True

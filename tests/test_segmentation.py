@@ -360,4 +360,7 @@ def test_small_real_model():
     assert result.names == ("background", *words)
     again = segmentation.segment(model, Image.fromarray(photo), words, background=True)
     assert (again.labels == result.labels).all()
+    both = model.segment_batch([photo, photo[:, :80]], [words, words[:2]], background=True)
+    assert (both[0].labels == result.labels).all()
+    assert both[1].names == ("background", *words[:2])
     assert model.training

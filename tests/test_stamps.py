@@ -12,6 +12,7 @@ from PIL import Image
 from segclip_fast.data import stamps
 from segclip_fast.data.stamp_catalog import concept_of, read_catalog
 from segclip_fast.data.stamps import StampSource, main
+from segclip_fast.data.tokenizer import WordTokenizer
 
 COLOURS = {"lion": (250, 0, 0), "tiger": (0, 250, 0), "mango": (0, 0, 250), "banana": (250, 250, 0)}
 
@@ -148,6 +149,19 @@ def test_sample_contents(root):
         assert not any(name in sample.caption.lower() for name in set(COLOURS) - set(sample.mentioned))
         counts.add((len(sample.content), len(sample.mentioned)))
     assert {(1, 1), (2, 2), (3, 3)} <= counts
+
+
+def test_caption_vocabulary(root):
+    source = StampSource(root, 80, size=48)
+    words = source.caption_vocabulary()
+    assert {"sweet", "ripe", "sleeping", "mango", "photo", "next"} <= set(words)  # of captions and templates
+    assert "background" not in words
+    assert list(words) == sorted(set(words))
+    tokenize = WordTokenizer(words, 16)  # refuses other words
+    tokenize([sample.caption for sample in (source[i] for i in range(80))])
+    prompts = [f"a photo of a {name}." for name in source.class_names[1:]]
+    tokenize(prompts)
+    WordTokenizer(StampSource(root, 1, split="val").caption_vocabulary(), 16)(prompts)
 
 
 def test_mask_is_pixel_exact(root):

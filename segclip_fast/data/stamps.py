@@ -12,6 +12,7 @@ import csv
 import importlib.util
 import logging
 import operator
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -147,6 +148,14 @@ class StampSource:
         caption, mentioned = _caption(shown, rng)
         content = tuple(stamp.concept for stamp in shown)
         return RawSample(np.rint(image).astype(np.uint8), caption, mask, content, mentioned)
+
+    def caption_vocabulary(self) -> tuple[str, ...]:
+        """Every word that a caption of these stamps or a prompt can contain, lower-case, sorted.
+
+        A prompt is "a photo of a {}." with any class but the background, whatever the split.
+        """
+        texts = (*_ONE, *_TWO, *_THREE, *self.class_names[1:], *(stamp.caption for stamp in self.stamps))
+        return tuple(sorted({word for text in texts for word in re.findall(r"[^\W_]+", text.lower())}))
 
     def __getstate__(self) -> dict[str, object]:
         """Without the lock and the cache, so that loader workers can receive the source."""

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.sample import IGNORE_LABEL, ImageTextSource
-
-if TYPE_CHECKING:
-    from .segmenter import Segmenter
+from ..data.sample import IGNORE_LABEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,10 +183,3 @@ def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def _mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
-
-
-def evaluate_source(model: Segmenter, source: ImageTextSource, **options: Any) -> MetricResult:
-    """See `harness.evaluate_source`."""
-    from .harness import evaluate_source
-
-    return evaluate_source(model, source, **options)

@@ -248,6 +248,14 @@ class SegCLIP(nn.Module):
 
         return segment(self, image, labels, **options)
 
+    def segment_batch(
+        self, images: Sequence[Any], labels: Sequence[str] | Sequence[Sequence[str]], **options: Any
+    ) -> list[Segmentation]:
+        """Label several images, by labels for all or for each; see `evaluation.segmentation`."""
+        from ..evaluation.segmentation import segment_batch
+
+        return segment_batch(self, images, labels, **options)
+
     # --- files
 
     @classmethod

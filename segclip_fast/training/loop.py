@@ -150,7 +150,7 @@ def forward(model: SegCLIP, batch: Batch, config: TrainConfig, step: int) -> Los
 
 def evaluate(model: SegCLIP, source: ImageTextSource) -> dict[str, float | int]:
     """Zero-shot quality on a source with masks; the training flag is left as it was."""
-    from ..evaluation.metric import evaluate_source
+    from ..evaluation.harness import evaluate_source
 
     training = model.training
     model.eval()

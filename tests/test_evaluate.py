@@ -246,6 +246,13 @@ def test_refusals_are_one_line(tmp_path, checkpoint, capsys, spoil, more, messag
     assert not (tmp_path / "out.json").exists()
 
 
+def test_a_broken_image_is_told_from_a_worker_too(tmp_path, checkpoint, capsys):
+    root = build(tmp_path / "data", "voc")
+    alien_label(root)
+    assert run("voc", root, checkpoint, tmp_path / "out.json", "--partial", "--workers", 1) == 2
+    assert "error: mask: expected labels 0 to 20, 255, got 77" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_result_is_not_overwritten(tmp_path, checkpoint, capsys):
     root, output = build(tmp_path / "data", "voc"), tmp_path / "out.json"
     output.write_text("mine")

@@ -93,8 +93,19 @@ class _Preparation(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> Prepared:
-        index = self.indices[number]
+    def __getitem__(self, number: int) -> Prepared | Exception:
+        """One image; a broken one comes back as its error, which a worker would bury in a traceback."""
+        try:
+            return self.prepare(self.indices[number])
+        except (ValueError, OSError) as error:
+            return error
+
+    def prepare(self, index: int) -> Prepared:
+        """Image number `index` of the source.
+
+        Raises:
+            ValueError, OSError: it or its mask cannot be used.
+        """
         sample = self.source[index]
         truth = _truth(sample.mask, sample.image, len(self.source.class_names), index)
         superpixels = photo_superpixels(sample.image).astype(np.int32) if self.snap else None
@@ -128,6 +139,8 @@ def _loaded(dataset: _Preparation, images: int, workers: int) -> Iterable[list[P
     step: list[Prepared] = []
     pixels = 0
     for item in loader:
+        if isinstance(item, Exception):
+            raise item
         if step and (len(step) == images or pixels + item.truth.numel() > STEP_PIXELS):
             yield step
             step, pixels = [], 0

@@ -7,11 +7,9 @@ import shutil
 import zipfile
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
 from segclip_fast.baselines import renormalise
 from segclip_fast.baselines.maskclip import MaskCLIP
@@ -19,6 +17,10 @@ from segclip_fast.data.transforms import CLIP_MEAN, CLIP_STD
 from segclip_fast.evaluation.segmentation import segment
 from segclip_fast.evaluation.segmenter import PatchFeatures
 
+open_clip = pytest.importorskip("open_clip", reason="needs the package open_clip_torch")
+CLIP, CLIPTextCfg, CLIPVisionCfg = (
+    getattr(open_clip.model, name) for name in ("CLIP", "CLIPTextCfg", "CLIPVisionCfg")
+)
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 D, E, PATCH = 24, 20, 8
 GRIDS = [(4, 4), (2, 4), (1, 5), (6, 3), (8, 8)]  # the first is the training grid
@@ -246,17 +248,16 @@ def test_patch_dropout():
 @pytest.fixture
 def small_name(tmp_path):
     """A small architecture that open_clip knows by name for the time of a test."""
-    from open_clip import factory
 
-    known, paths = dict(factory._MODEL_CONFIGS), list(factory._MODEL_CONFIG_PATHS)
+    known, paths = dict(open_clip.factory._MODEL_CONFIGS), list(open_clip.factory._MODEL_CONFIG_PATHS)
     text = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     config = {"embed_dim": E, "quick_gelu": True, "vision_cfg": vision(), "text_cfg": text}
     (tmp_path / "small-clip.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "small-clip.json")
     yield "small-clip"
-    factory._MODEL_CONFIG_PATHS[:] = paths
-    factory._MODEL_CONFIGS.clear()
-    factory._MODEL_CONFIGS.update(known)
+    open_clip.factory._MODEL_CONFIG_PATHS[:] = paths
+    open_clip.factory._MODEL_CONFIGS.clear()
+    open_clip.factory._MODEL_CONFIGS.update(known)
 
 
 def same(a: MaskCLIP, b: MaskCLIP) -> bool:

@@ -38,8 +38,10 @@ def apart(*sizes: int) -> Attend:
 
 def quick_gelu(x: Tensor) -> Tensor:
     """X * sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
-    if literal() or torch.compiler.is_compiling() or not x.requires_grad:
+    if literal() or torch.compiler.is_compiling():
         return x * torch.sigmoid(1.702 * x)
+    if not x.requires_grad:
+        return (1.702 * x).sigmoid_().mul_(x)  # the same bits, one temporary
     return _QuickGELU.apply(x)
 
 

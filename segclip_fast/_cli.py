@@ -16,6 +16,17 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the options)")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The option --model, also called --checkpoint: what `evaluation.models.load_segmenter` takes."""
+    parser.add_argument(
+        "--model",
+        "--checkpoint",
+        required=True,
+        metavar="SPEC",
+        help="checkpoint folder, or file of the authors; maskclip:NAME[:PRETRAINED]; groupvit:PATH_OR_ID",
+    )
+
+
 def run_main(name: str, run: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None) -> int:
     """Run a command line: its own exit code (0 for None), or 2 after one line about what is unusable.
 

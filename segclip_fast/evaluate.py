@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._cli import Parser, run_main
+from ._cli import Parser, add_model, run_main
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="which data set")
     parser.add_argument("--data-root", required=True, type=Path, help="its folder, as published")
-    parser.add_argument(
-        "--model",
-        "--checkpoint",
-        required=True,
-        metavar="SPEC",
-        help="checkpoint folder, or file of the authors; maskclip:NAME[:PRETRAINED]; groupvit:PATH_OR_ID",
-    )
+    add_model(parser)
     parser.add_argument("--output", type=Path, help="JSON file (default: DATASET.json)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing JSON file")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N images only")

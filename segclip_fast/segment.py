@@ -21,7 +21,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._cli import Parser, run_main
+from ._cli import Parser, add_model, run_main
 
 if TYPE_CHECKING:
     from .evaluation.mask_folder import MaskFolder
@@ -39,13 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", help='what to look for, comma-separated: "cat, sofa"')
     labels.add_argument("--labels-file", metavar="FILE", type=Path, help="what to look for, one per line")
-    parser.add_argument(
-        "--model",
-        "--checkpoint",
-        required=True,
-        metavar="SPEC",
-        help="checkpoint folder, or file of the authors; maskclip:NAME[:PRETRAINED]; groupvit:PATH_OR_ID",
-    )
+    add_model(parser)
     parser.add_argument(
         "--output", required=True, type=Path, help="label picture to write, ending in .png; or folder of them"
     )

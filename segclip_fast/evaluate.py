@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._cli import Parser, add_model, run_main
+from ._cli import Parser, add_model, leave, run_main
+
+WAIT = 6 * 3600.0  # seconds that processes wait for the slowest one
 
 if TYPE_CHECKING:
     import torch
@@ -139,26 +140,19 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[tuple[torch.device, int, int]]:
+def processes(device: str) -> Iterator[tuple[torch.device, int, int]]:
     """Device, number and count of the processes; under torchrun a process group for the block."""
-    import torch
-    import torch.distributed as dist
-
     from .evaluation.models import pick_device
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world < 2:
-        yield pick_device(device), 0, 1
-        return
     target = pick_device(device)
-    if target.type == "cuda":
-        target = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(target)
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
-    try:
-        yield target, dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield target, 0, 1
+        return
+    from .training.distributed import process_group
+
+    backend = "nccl" if target.type == "cuda" else "gloo"
+    with process_group(backend, timeout=WAIT) as place:
+        yield place.device, place.rank, place.world
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -174,7 +168,7 @@ def run(argv: Sequence[str] | None) -> None:
     check_output(output, args.overwrite)
     data = open_dataset(args.dataset, args.data_root, partial=args.partial)
     own = read_prompts(args, data)  # before the model, which takes longer
-    with process_group(args.device) as (device, rank, world):
+    with processes(args.device) as (device, rank, world):
         _evaluate(args, data, own, output, device, rank, world)
 
 
@@ -251,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

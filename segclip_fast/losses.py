@@ -62,7 +62,8 @@ def contrastive(image: Tensor, text: Tensor, logit_scale: Tensor, holds: Tensor 
     image, text = _wide(image), _wide(text)
     image = image / image.norm(dim=-1, keepdim=True)
     text = text / text.norm(dim=-1, keepdim=True)
-    logits = inverse_temperature(logit_scale) * image @ text.mT  # (B, B), image i against text j
+    with torch.autocast(image.device.type, enabled=False):  # which would multiply in half precision
+        logits = inverse_temperature(logit_scale) * image @ text.mT  # (B, B), image i against text j
     if holds is not None:
         matching = torch.eye(len(image), dtype=torch.bool, device=image.device)
         logits = logits.masked_fill(holds & ~matching, -torch.inf)

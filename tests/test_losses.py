@@ -55,3 +55,13 @@ def test_bad_input():
         losses.contrastive(good, good[:1], torch.tensor(0.0))
     with pytest.raises(ValueError, match=r"holds: expected \(2, 2\) bool"):
         losses.contrastive(good, good, torch.tensor(0.0), torch.zeros(2, 2))
+
+
+def test_contrastive_is_computed_in_float32_under_autocast():
+    image, text = torch.randn(6, 16), torch.randn(6, 16)
+    scale = torch.tensor(100.0).log()
+    expected = losses.contrastive(image, text, scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses.contrastive(image, text, scale)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

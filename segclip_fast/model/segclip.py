@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,43 @@ class Noise:
     full: Tensor
     mask: Tensor
     masked: Tensor
+
+
+class Terms(NamedTuple):
+    """What one batch gives to the losses; None where the loss has weight 0 or was not asked for.
+
+    A tuple, because DDP and FSDP look for tensors in those.
+
+    Attributes:
+        image: (B, E) image features, not normalised.
+        text: (B, E) text features, not normalised.
+        reconstruction: () masked-pixel error, mean over the batch.
+        superpixel_kl: () superpixel consistency, mean over the batch.
+    """
+
+    image: Tensor | None
+    text: Tensor | None
+    reconstruction: Tensor | None
+    superpixel_kl: Tensor | None
+
+
+def weighted(
+    weights: LossConfig,
+    contrastive: Tensor | None,
+    reconstruction: Tensor | None,
+    superpixel_kl: Tensor | None,
+    device: torch.device,
+) -> Losses:
+    """The () losses that there are, with their weighted sum on `device`."""
+    total = torch.zeros((), device=device)
+    for weight, term in (
+        (weights.contrastive, contrastive),
+        (weights.reconstruction, reconstruction),
+        (weights.superpixel_kl, superpixel_kl),
+    ):
+        if term is not None:
+            total = total + weight * term
+    return Losses(total, contrastive, reconstruction, superpixel_kl)
 
 
 class SegCLIP(nn.Module):
@@ -171,40 +208,58 @@ class SegCLIP(nn.Module):
             ValueError: shapes do not fit.
         """
         noise = noise or self.draw_noise(images, generator)
-        with served_by(self.backend):
-            return self._losses(images, tokens, superpixels, noise, holds)
+        terms = self.terms(images, tokens, superpixels, noise)
+        contrast = None
+        if terms.image is not None and terms.text is not None:
+            known = holds if self.loss.mask_false_negatives else None
+            contrast = losses.contrastive(terms.image, terms.text, self.logit_scale, known)
+        return weighted(self.loss, contrast, terms.reconstruction, terms.superpixel_kl, images.device)
 
-    def _losses(
-        self, images: Tensor, tokens: Tensor, superpixels: Tensor | None, noise: Noise, holds: Tensor | None
-    ) -> Losses:
+    def terms(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        superpixels: Tensor | None,
+        noise: Noise,
+        *,
+        features_only: bool = False,
+    ) -> Terms:
+        """What a batch gives to the losses; the contrastive loss may then span batches and processes.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+            tokens: (B, T) int64.
+            superpixels: (B, H / patch, W / patch) integers, or None.
+            noise: of these images.
+            features_only: leave the losses of single images out.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        with served_by(self.backend):
+            return self._terms(images, tokens, superpixels, noise, features_only)
+
+    def _terms(
+        self, images: Tensor, tokens: Tensor, superpixels: Tensor | None, noise: Noise, features_only: bool
+    ) -> Terms:
         weights = self.loss
         patches = self.vision.embed(images)  # (B, N, D)
         masking = None
-        if weights.reconstruction > 0 and self.reconstruction is not None:
+        if weights.reconstruction > 0 and self.reconstruction is not None and not features_only:
             masking = self._masking(images, noise)
         whole, visible = self._first_stage(patches, masking)
         grouping = self.vision.grouping(whole, noise.full)
 
-        contrast = pixels = consistency = None
+        image = text = pixels = consistency = None
         if weights.contrastive > 0:
             image, _ = self.vision.encode_regions(grouping.regions)
-            known = holds if weights.mask_false_negatives else None
-            contrast = losses.contrastive(image, self.encode_text(tokens), self.logit_scale, known)
+            text = self.encode_text(tokens)
         if masking is not None and visible is not None:
             pixels = self._reconstruction_loss(images, visible, masking, noise)
-        if weights.superpixel_kl > 0 and superpixels is not None:
+        if weights.superpixel_kl > 0 and superpixels is not None and not features_only:
             labels = self._patch_labels(superpixels, images)
             consistency = superpixel_kl(labels, grouping.hard.mT, weights.kl_form)
-
-        total = images.new_zeros((), dtype=torch.float32)
-        for name, term in (
-            ("contrastive", contrast),
-            ("reconstruction", pixels),
-            ("superpixel_kl", consistency),
-        ):
-            if term is not None:
-                total = total + getattr(weights, name) * term
-        return Losses(total, contrast, pixels, consistency)
+        return Terms(image, text, pixels, consistency)
 
     def _masking(self, images: Tensor, noise: Noise) -> Masking:
         size = self.config.vision.image_size

@@ -239,6 +239,8 @@ class TrainConfig:
         batch_size: pairs per step.
         seed: of initialisation, order, augmentation and noise.
         save_every: steps between checkpoints.
+        keep: newest checkpoints that stay; the best by zero-shot mIoU stays besides.
+        max_skipped: steps in a row without a finite loss and gradient after which the run stops.
         eval_every: steps between zero-shot evaluations; 0 for none before the end. A folder has no masks and
             is not evaluated at all.
         eval_images: held-out images per evaluation.
@@ -259,6 +261,8 @@ class TrainConfig:
     batch_size: int = 64
     seed: int = 42
     save_every: int = 100
+    keep: int = 2
+    max_skipped: int = 20
     eval_every: int = 0
     eval_images: int = 200
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -269,7 +273,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(not (self.resume and self.overwrite), "resume", "not together with overwrite", True)
-        for name in ("steps", "batch_size", "save_every"):
+        for name in ("steps", "batch_size", "save_every", "keep", "max_skipped"):
             require(getattr(self, name) > 0, name, "a positive number", getattr(self, name))
         without_masks = self.data.source == "folder"
         expected = "0 with data.source 'folder', which has no masks to compare with"

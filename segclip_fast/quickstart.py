@@ -179,26 +179,9 @@ def draw_grid(model: SegCLIP, source: ImageTextSource, path: Path, shown: int = 
 
 def draw_curve(run: Path, path: Path) -> None:
     """The losses of a run over its steps, smoothed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from .training.plot import draw, loss_panels
 
-    from .training.log import read_log
-
-    entries = [entry for entry in read_log(run) if not entry["skipped"]]
-    figure = Figure(figsize=(9, 3), facecolor="white")
-    FigureCanvasAgg(figure)
-    names = [name for name in ("contrastive", "reconstruction", "superpixel_kl") if name in entries[0]]
-    axes = np.atleast_1d(figure.subplots(1, len(names)))
-    for axis, name in zip(axes, names, strict=True):
-        values = np.array([entry[name] for entry in entries])
-        window = max(1, min(25, len(values) // 4))
-        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-        steps = [entry["step"] for entry in entries]
-        axis.plot(steps, values, color="0.8", linewidth=0.8)
-        axis.plot(steps[window - 1 :], smooth, color="tab:blue")
-        axis.set(title=name.replace("_", " "), xlabel="step", ylim=(0, None))
-    figure.tight_layout()
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    draw([run], path, loss_panels())
 
 
 def save_scene(source: ImageTextSource, path: Path, scale: int = 6) -> None:

@@ -14,7 +14,7 @@ from .training.presets import RUNS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and train; returns the exit code: 0 done, 2 unusable settings or input."""
+    """Parse the command line and train; returns the exit code: 0 done, 2 unusable settings, input or disk."""
     import tyro
 
     runs = {name: (run.__doc__ or "", run()) for name, run in RUNS.items()}
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         train(config)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError, NotImplementedError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"trained model: {config.output}/model")

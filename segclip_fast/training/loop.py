@@ -1,7 +1,8 @@
 """The training run, readable top to bottom (paper Section 3.1).
 
 Everything random is a function of (seed, step): initial values, data order, crops and noise. A resumed run
-therefore repeats the uninterrupted one bit for bit on the CPU.
+therefore repeats the uninterrupted one bit for bit on the CPU. SIGTERM ends a run after the current step,
+with a checkpoint of it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,12 +29,12 @@ from ..losses import Losses
 from ..model.segclip import SegCLIP
 from . import checkpoint
 from .log import FILE as LOG
-from .log import RunLog
+from .log import RunLog, read_log
 from .optim import apply_step, build_optimizer
 from .prefetch import Batch, Prefetcher
+from .stopping import Stopping
 
 CONFIG, FINAL = "train.json", "model"
-GIVE_UP_AFTER = 10  # steps in a row with a loss that is not finite
 # Settings that may differ between the first start of a run and its continuation.
 FREE_ON_RESUME = (
     "output",
@@ -41,6 +43,8 @@ FREE_ON_RESUME = (
     "eval_every",
     "eval_images",
     "save_every",
+    "keep",
+    "max_skipped",
     "resume",
     "overwrite",
     "quiet",
@@ -59,8 +63,18 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
         FileNotFoundError: the data are not where the settings say.
         NotImplementedError: superpixels asked for on a device that cannot make them.
         FileExistsError: the output folder is not empty and neither resume nor overwrite is set.
-        FloatingPointError: ten steps in a row without a finite loss.
+        FloatingPointError: `config.max_skipped` steps in a row without a finite loss and gradient.
+        OSError: a checkpoint could not be written, as on a full disk; the previous one is intact.
+        SystemExit: code 0, after SIGTERM: the current step is finished and saved. Only where this runs in the
+            main thread; the handler that was there before is back when this returns.
     """
+    with (
+        Stopping() as stopping
+    ):  # from the beginning: threads that are made from here on hold SIGTERM back too
+        return _train(config, on_step, stopping)
+
+
+def _train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None, stopping: Stopping) -> SegCLIP:
     device = choose_device(config.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE: expected 1 process, got {os.environ['WORLD_SIZE']}")
@@ -76,35 +90,65 @@ def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = N
     prepare_folder(run, config)
     model.to(device).train()
     optimizer = build_optimizer(model, config.optim)
-    saved = checkpoint.find(run) if config.resume else []
-    start = 0
-    if saved:
-        checkpoint.restore(saved[-1], model, optimizer)
-        start = saved[-1].step
+    start = checkpoint.resume(run, model, optimizer) if config.resume else 0
 
     with RunLog(run, start, config.steps, config.quiet) as log:
-        loader = batches(dataset, config.batch_size, start, config.steps, pin=device.type == "cuda")
-        stream = Prefetcher(loader, device, PatchLabels(superpixels, model.config.vision.patch_size))
-        failures = 0
-        for step in range(start + 1, config.steps + 1):
-            losses, values = take_step(model, optimizer, stream, config, step)
-            log.step(step, values)
-            failures = failures + 1 if values["skipped"] else 0
-            if failures >= GIVE_UP_AFTER:
-                raise FloatingPointError(
-                    f"{failures} steps in a row without a finite loss, the last is step {step}; the newest "
-                    f"checkpoint is in {run / checkpoint.FOLDER}: lower optim.lr or look at the data"
-                )
-            if on_step is not None:
-                on_step(step, losses)
-            if step % config.save_every == 0 or step == config.steps:
-                checkpoint.save(run, step, model, optimizer)
+
+        def evaluate_if_due(step: int) -> None:
             due = step == config.steps or (config.eval_every and step % config.eval_every == 0)
             if due and held_out is not None:
-                log.evaluation(step, evaluate(model, held_out))
+                values = evaluate(model, held_out)
+                log.evaluation(step, values)
+                checkpoint.save_if_best(run, step, values["miou"], model, optimizer, config)
+
+        if start and not any(entry["step"] == start for entry in read_log(run, "evaluation")):
+            evaluate_if_due(start)  # the run stopped between saving and evaluating
+        pin = device.type == "cuda"
+        loader = stopping.guard(lambda: batches(dataset, config.batch_size, start, config.steps, pin))
+        stream = Prefetcher(loader, device, PatchLabels(superpixels, model.config.vision.patch_size))
+        skipped = 0
+        for step in range(start + 1, config.steps + 1):
+            try:
+                losses, values = take_step(model, optimizer, stream, config, step)
+            except StopIteration:  # SIGTERM took the loader's workers before this step had its batch
+                _stop(run, step - 1, model, optimizer, config)
+            log.step(step, values)
+            skipped = skipped + 1 if values["skipped"] else 0
+            if skipped >= config.max_skipped:
+                raise FloatingPointError(_given_up(run, step, skipped))
+            if on_step is not None:
+                on_step(step, losses)
+            if stopping.asked():
+                _stop(run, step, model, optimizer, config)
+            if step % config.save_every == 0 or step == config.steps:
+                checkpoint.save(run, step, model, optimizer, config)
+            evaluate_if_due(step)
     model.eval()
     model.save_pretrained(run / FINAL, overwrite=True)
     return model
+
+
+def _stop(
+    run: Path, step: int, model: SegCLIP, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> NoReturn:
+    """Save `step` finished steps and leave."""
+    checkpoint.save(run, step, model, optimizer, config)
+    place = run / checkpoint.FOLDER
+    print(
+        f"stopped by SIGTERM: step {step} of {config.steps} is saved in {place}, --resume continues",
+        file=sys.stderr,
+    )
+    raise SystemExit(0)
+
+
+def _given_up(run: Path, step: int, skipped: int) -> str:
+    newest = [saved.path.name for saved in checkpoint.find(run)][-1:]
+    kept = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+    return (
+        f"steps {step - skipped + 1} to {step}, {skipped} in a row, had no finite loss or gradient and were "
+        f"skipped; {kept}. Try a lower optim.lr, a longer optim.warmup or precision fp32, and look at the "
+        f"samples of these steps, whose positions are in {run / LOG}"
+    )
 
 
 def take_step(
@@ -114,7 +158,10 @@ def take_step(
     config: TrainConfig,
     step: int,
 ) -> tuple[Losses, dict[str, Any]]:
-    """Step `step` (from 1): next batch, losses, gradients, update; a loss that is not finite is skipped.
+    """Step `step` (from 1): next batch, losses, gradients, update.
+
+    Without a finite loss and gradient norm the update is left out; the log then names the positions of the
+    batch's samples in the stream of epochs (see `PairDataset`).
 
     Returns:
         The losses, and what the log says of the step.
@@ -127,16 +174,29 @@ def take_step(
     if finite:
         losses.total.backward()
         stream.prefetch()  # while the device is busy with the gradients
-        norm = apply_step(model, optimizer, config.optim, step, config.steps)
+        if _gradients_finite(model):
+            norm = apply_step(model, optimizer, config.optim, step, config.steps)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    position = (step - 1) * config.batch_size
     return losses, {
         **({name: value.item() for name, value in losses.named().items()} if finite else {}),
-        "skipped": not finite,
+        "skipped": norm is None,
+        **({"positions": [position, position + config.batch_size - 1]} if norm is None else {}),
         "gradient_norm": norm,
-        "lr": max(group["lr"] for group in optimizer.param_groups),
+        "lr": max(rates),
+        "lower_lr": min(rates),
         "logit_scale": model.logit_scale.item(),
         "images_per_second": config.batch_size / (time.perf_counter() - start),
         "data_seconds": stream.seconds - waited,
     }
+
+
+def _gradients_finite(model: SegCLIP) -> bool:
+    """Whether the norm of all gradients is finite."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
 
 def forward(model: SegCLIP, batch: Batch, config: TrainConfig, step: int) -> Losses:

@@ -184,6 +184,7 @@ def _evaluate(
     from .evaluation import report
     from .evaluation.harness import evaluate_set
     from .evaluation.models import load_segmenter
+    from .evaluation.options import prepare_vocabulary
 
     model = load_segmenter(args.model, device)
     options = make_options(args, data, own, model)
@@ -206,8 +207,9 @@ def _evaluate(
     report.write_json(output, values)
     print(f"written: {output}")
     if args.pictures is not None:
+        vocabulary = prepare_vocabulary(model, own.labels, options, own.synonyms)
         shown = report.draw_extremes(
-            model, data, own.labels, options, found, args.pictures, args.pictures_count
+            model, data, vocabulary, options, found, args.pictures, args.pictures_count
         )
         print(f"written: {len(shown)} pictures in {args.pictures}")
 

@@ -184,6 +184,31 @@ def test_pictures_of_the_best_and_the_worst(tmp_path, checkpoint):
         assert picture.width > 3 * 20
 
 
+def test_pictures_show_what_was_counted(tmp_path, checkpoint, monkeypatch):
+    """With synonyms too, which change the features of a label."""
+    from segclip_fast.evaluation import report
+
+    root, own, drawn = larger(tmp_path / "data", "voc"), tmp_path / "own.yaml", {}
+    own.write_text("prompts: {cat: [kitten, feline, tomcat], dog: [puppy, hound], sheep: [lamb, ewe]}\n")
+    draw = report._draw
+
+    def spy(image, mask, result, names, path):
+        counted = mask != 255
+        hit = [(result.labels == c) & (mask == c) for c in range(21)]
+        seen = [((result.labels == c) | (mask == c)) & counted for c in range(21)]
+        drawn[path.stem[8:] if path.stem.startswith("best") else path.stem[9:]] = np.mean(
+            [h[counted].sum() / s.sum() for h, s in zip(hit, seen, strict=True) if s.any()]
+        )
+        draw(image, mask, result, names, path)
+
+    monkeypatch.setattr(report, "_draw", spy)
+    more = ["--partial", "--vocabulary", own, "--pictures", tmp_path / "pictures"]
+    found = result_of("voc", root, checkpoint, tmp_path / "out.json", *more)
+    assert len(drawn) == 7
+    for name, value in drawn.items():
+        assert found["result"]["images_miou"][name] == pytest.approx(value, abs=1e-6)
+
+
 def test_limit_and_checkpoint_hash(tmp_path, checkpoint):
     import hashlib
 

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from ..interop.files import write_whole
 from .datasets import SegmentationSet
 from .harness import Evaluation
 from .metric import MetricResult
-from .options import Options
-from .segmentation import Segmentation, segment_batch
+from .options import Options, Vocabulary
+from .segmentation import Segmentation, segment_photos
 from .segmenter import Segmenter
 
 PACKAGES = ("torch", "triton", "xformers", "open_clip_torch", "numpy")
@@ -94,7 +93,7 @@ def _number(value: float) -> float | None:
 def draw_extremes(
     model: Segmenter,
     source: SegmentationSet,
-    labels: Sequence[str],
+    vocabulary: Vocabulary,
     options: Options,
     found: Evaluation,
     folder: Path,
@@ -115,31 +114,12 @@ def draw_extremes(
     for kind, names in (("best", ranked[::-1][:count]), ("worst", ranked[:count])):
         for number, name in enumerate(names, start=1):
             sample = source[places[name]]
-            result = _again(model, sample.image, labels, options)
+            result = segment_photos(model, [sample.image], [vocabulary], options)[0]
             assert sample.mask is not None
             path = folder / f"{kind}_{number:02d}_{name.replace('/', '_')}.png"
             _draw(sample.image, sample.mask, result, tuple(source.class_names), path)
             written.append(path)
     return written
-
-
-def _again(model: Segmenter, image: np.ndarray, labels: Sequence[str], options: Options) -> Segmentation:
-    windows = options.sliding
-    return segment_batch(
-        model,
-        [image],
-        list(labels),
-        background=options.background,
-        threshold=options.threshold,
-        templates=options.templates,
-        snap=options.snap,
-        pamr=options.pamr,
-        short_side=windows.short_side,
-        stride=windows.stride,
-        protocol=windows.protocol,
-        batch_size=windows.batch_size,
-        precision=windows.precision,
-    )[0]
 
 
 def _draw(

@@ -197,11 +197,24 @@ def segment_batch(
     names = background if isinstance(background, bool) else check_labels(background, "background")
     options = Options(names, threshold, check_templates(templates), snap, pamr, sliding)
     vocabularies = _vocabularies(model, labels, len(photos), options)
-    short = model.image_size if short_side is None else short_side
+    return segment_photos(model, photos, vocabularies, options) if photos else []
+
+
+def segment_photos(
+    model: Segmenter, photos: Sequence[np.ndarray], vocabularies: Sequence[Vocabulary], options: Options
+) -> list[Segmentation]:
+    """`segment_batch` when all is read and checked.
+
+    Args:
+        model: the segmenter.
+        photos: (H, W, 3) uint8 each, at least one.
+        vocabularies: of each photo, made by `prepare_vocabulary` with the same options.
+        options: all settings.
+    """
+    sliding = options.sliding
+    short = model.image_size if sliding.short_side is None else sliding.short_side
     device = next(model.parameters()).device
     resized = [resize_on(photo, short, device) for photo in photos]
-    if not photos:
-        return []
     texts = [vocabulary.text for vocabulary in vocabularies]
     maps = score_resized(model, resized, texts, vocabularies[0].background, sliding)
     parts = zip(maps, photos, resized, vocabularies, strict=True)

@@ -174,10 +174,7 @@ def take_step(
     if finite:
         losses.total.backward()
         stream.prefetch()  # while the device is busy with the gradients
-        if _gradients_finite(model):
-            norm = apply_step(model, optimizer, config.optim, step, config.steps)
-        else:
-            optimizer.zero_grad(set_to_none=True)
+        norm = apply_step(model, optimizer, config.optim, step, config.steps)
     rates = [group["lr"] for group in optimizer.param_groups]
     position = (step - 1) * config.batch_size
     return losses, {
@@ -191,12 +188,6 @@ def take_step(
         "images_per_second": config.batch_size / (time.perf_counter() - start),
         "data_seconds": stream.seconds - waited,
     }
-
-
-def _gradients_finite(model: SegCLIP) -> bool:
-    """Whether the norm of all gradients is finite."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
 
 def forward(model: SegCLIP, batch: Batch, config: TrainConfig, step: int) -> Losses:

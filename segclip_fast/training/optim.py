@@ -66,16 +66,19 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 @torch.no_grad()
 def apply_step(
     model: SegCLIP, optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int
-) -> float:
+) -> float | None:
     """Clip the gradients, step number `step` (from 1) of `steps`, clamp the logit scale.
 
     Returns:
-        The gradient norm before clipping.
+        The gradient norm before clipping; None if it is not finite, and then the step was left out.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, config.clip)
+    norm = float(nn.utils.clip_grad_norm_(trained, config.clip))
+    if not math.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        return None
     set_rates(optimizer, schedule(step, steps, config.warmup))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-    return float(norm)
+    return norm

@@ -189,7 +189,10 @@ def test_pictures_show_what_was_counted(tmp_path, checkpoint, monkeypatch):
     from segclip_fast.evaluation import report
 
     root, own, drawn = larger(tmp_path / "data", "voc"), tmp_path / "own.yaml", {}
-    own.write_text("prompts: {cat: [kitten, feline, tomcat], dog: [puppy, hound], sheep: [lamb, ewe]}\n")
+    texts = {
+        name: [f"x{i}", f"quite another {7 * i}"] for i, name in enumerate(reopen(root, "voc").class_names)
+    }
+    own.write_text(json.dumps({"prompts": {name: text for name, text in texts.items() if text[0] != "x0"}}))
     draw = report._draw
 
     def spy(image, mask, result, names, path):

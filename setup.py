@@ -9,6 +9,12 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+FOLDERS = {  # beside the package
+    "segclip_fast.kernels": "kernels",
+    "segclip_fast.configs": "configs",
+    "segclip_fast.configs.ablations": "configs/ablations",
+}
+
 
 class CMakeBuild(build_ext):
     """Runs CMake once for the one extension. WITH_CUDA=auto|on|off comes from the environment."""
@@ -43,8 +49,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["segclip_fast", "segclip_fast.*"]), "segclip_fast.kernels"],
-    package_dir={"segclip_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["segclip_fast", "segclip_fast.*"]), *FOLDERS],
+    package_dir=FOLDERS,
+    package_data={name: ["*.yaml"] for name in FOLDERS},
     ext_modules=[Extension("segclip_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

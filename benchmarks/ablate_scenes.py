@@ -14,7 +14,7 @@ from segclip_fast.config import TrainConfig
 from segclip_fast.data.scenes import SceneSource
 from segclip_fast.evaluation.harness import evaluate_source
 from segclip_fast.training.loop import train
-from segclip_fast.training.presets import scenes
+from segclip_fast.training.runs import load_run
 
 STEPS, IMAGES, SEEDS = 400, 200, (1, 2)
 
@@ -49,7 +49,12 @@ def main() -> None:
         for seed in SEEDS:
             with tempfile.TemporaryDirectory() as folder:
                 base = dataclasses.replace(
-                    scenes(), steps=STEPS, seed=seed, output=f"{folder}/run", eval_images=1, quiet=True
+                    load_run("scenes"),
+                    steps=STEPS,
+                    seed=seed,
+                    output=f"{folder}/run",
+                    eval_images=1,
+                    quiet=True,
                 )
                 model = train(changed(base, **changes))
             plain = evaluate_source(model, held_out, batch_size=32).miou

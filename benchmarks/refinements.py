@@ -41,7 +41,7 @@ from segclip_fast.evaluation.metric import ConfusionMatrix, mean_iou
 from segclip_fast.evaluation.segmentation import Segmentation, segment_batch
 from segclip_fast.training.log import read_log
 from segclip_fast.training.loop import FINAL, train
-from segclip_fast.training.presets import SMALL_PICTURES, scenes
+from segclip_fast.training.runs import load_run
 
 Options = Mapping[str, Any]
 RESULT = Path(__file__).parent / "results" / "refinements.json"
@@ -147,7 +147,7 @@ def whereabouts() -> dict[str, Any]:
 
 def scenes_case(options: argparse.Namespace) -> Case:
     """The demonstration and its held-out pictures."""
-    config = scenes()
+    config = load_run("scenes")
     steps = options.steps or config.steps
     config = dataclasses.replace(config, output=str(options.demo / "run"), steps=steps)
     held_out = SceneSource(options.images, config.data.seed, config.model.vision.image_size, "val")
@@ -159,12 +159,18 @@ def stamps_case(options: argparse.Namespace, seed: int) -> Case:
     """The demonstration's recipe on pictures composed of one category of stamps, with their own words."""
     root = options.stamps / STAMP_FOLDER
     words = StampSource(root, 1).caption_vocabulary()
+    recipe = load_run("scenes")
     config = dataclasses.replace(
-        scenes(),
+        recipe,
         output=str(options.models / f"stamps-{seed}"),
         model=scenes_tiny(words),
         data=DataConfig(
-            source="stamps", root=str(root), crop_area=(1.0, 1.0), superpixels=SMALL_PICTURES, cache=True
+            dataset_type="stamps",
+            train_data=str(root),
+            train_num_samples=recipe.data.train_num_samples,
+            crop_area=recipe.data.crop_area,
+            superpixels=recipe.data.superpixels,
+            cache=True,
         ),
         steps=options.steps or STAMP_STEPS,
         seed=seed,
@@ -190,7 +196,7 @@ def trained(config: TrainConfig, saved: bool = False) -> SegCLIP:
     if saved:
         return SegCLIP.from_pretrained(Path(config.output) / FINAL).eval()
     print(f"{config.output}: {config.steps} steps, unless they are done", flush=True)
-    return train(dataclasses.replace(config, resume=True, eval_images=1, save_every=250)).eval()
+    return train(dataclasses.replace(config, resume="latest", eval_images=1, save_every=250)).eval()
 
 
 # --- quality

@@ -26,8 +26,9 @@ from .evaluation.harness import evaluate_source
 from .evaluation.metric import ConfusionMatrix, MetricResult
 from .interop.files import write_whole
 from .model.segclip import SegCLIP
-from .training.loop import FINAL, initial_model, train
-from .training.presets import scenes
+from .training.loop import FINAL, train
+from .training.preparing import initial_model
+from .training.runs import load_run
 
 HELD_OUT = 200
 SHOWN = 6
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: the whole run)")
     options = parser.parse_args(arguments)
     output = Path(options.output)
-    config = scenes()
+    config = load_run("scenes")
     config = dataclasses.replace(
         config,
         output=str(output / RUN),

@@ -24,7 +24,8 @@ from test_training import assert_same_weights, quick
 
 from segclip_fast import SegCLIP
 from segclip_fast.config import OptimConfig
-from segclip_fast.training import checkpoint, loop
+from segclip_fast.training import checkpoint, manifest
+from segclip_fast.training.evaluating import Evaluating
 from segclip_fast.training.log import read_log
 from segclip_fast.training.loop import train
 from segclip_fast.training.optim import build_optimizer
@@ -82,7 +83,7 @@ def test_all_is_restored(tmp_path, trained):
 
     other = small_model()
     fresh = build_optimizer(other, OptimConfig())
-    assert checkpoint.resume(tmp_path, other, fresh) == 7
+    assert checkpoint.resume(tmp_path, other, fresh).step == 7
     drawn = [random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist()]  # noqa: NPY002
     assert [*drawn, torch.rand(3).tolist()] == expected
     for name, value in model.state_dict().items():
@@ -94,7 +95,7 @@ def test_all_is_restored(tmp_path, trained):
         assert values.keys() == b["state"][index].keys() == {"step", "exp_avg", "exp_avg_sq"}
         for name, value in values.items():
             assert torch.equal(value, b["state"][index][name]), (index, name)
-    entry = json.loads((path / checkpoint.STATE).read_text())
+    entry = json.loads((path / manifest.STATE).read_text())
     assert entry["position"] == 7 * config.batch_size
     assert entry["config"]["optim"]["lr"] == config.optim.lr
     assert entry["library"]
@@ -104,7 +105,7 @@ def test_all_is_restored(tmp_path, trained):
 def test_the_manifest_covers_every_file_and_none_is_a_pickle(whole):
     for saved in checkpoint.find(whole):
         names = {path.name for path in saved.path.iterdir()}
-        assert names == {*checkpoint.FILES, checkpoint.MANIFEST}
+        assert names == {*manifest.FILES, manifest.MANIFEST}
         assert {Path(name).suffix for name in names} == {".json", ".safetensors"}
         checkpoint.verify(saved.path)
 
@@ -139,7 +140,7 @@ DAMAGE = [(cut, "is cut"), (alter, "is altered"), (remove, "is missing")]
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
-@pytest.mark.parametrize("name", checkpoint.FILES)
+@pytest.mark.parametrize("name", manifest.FILES)
 def test_damage_is_found_and_the_file_named(tmp_path, trained, name, damage, message):
     path = checkpoint.save(tmp_path, 1, *trained, quick(tmp_path))
     damage(path / name)
@@ -150,7 +151,7 @@ def test_damage_is_found_and_the_file_named(tmp_path, trained, name, damage, mes
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {"../../x": {}}}', '{"files": null}'])
 def test_a_damaged_manifest_is_refused(tmp_path, trained, text):
     path = checkpoint.save(tmp_path, 1, *trained, quick(tmp_path))
-    (path / checkpoint.MANIFEST).write_text(text)
+    (path / manifest.MANIFEST).write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json"):
         checkpoint.verify(path)
 
@@ -159,10 +160,10 @@ def test_a_run_continues_from_the_newest_intact_checkpoint(tmp_path, whole, capl
     run = tmp_path / "run"
     train(quick(run, keep=3))
     cut(run / "checkpoints" / "step-000012" / "model.safetensors")
-    (run / "checkpoints" / "step-000008" / checkpoint.MANIFEST).unlink()
+    (run / "checkpoints" / "step-000008" / manifest.MANIFEST).unlink()
     seen = []
     with caplog.at_level(logging.WARNING):
-        train(quick(run, keep=3, resume=True), on_step=lambda step, _: seen.append(step))
+        train(quick(run, keep=3, resume="latest"), on_step=lambda step, _: seen.append(step))
     assert seen == list(range(5, 13))
     assert_same_weights(whole, run)
     lines = [record.getMessage() for record in caplog.records if "checkpoint" in record.name]
@@ -184,13 +185,13 @@ def test_nothing_intact_is_an_error_and_changes_nothing(tmp_path):
     before = sorted(run.rglob("*"))
     message = r"resume: expected an intact checkpoint .* 2 refused.*step-000012/model\.safetensors is altered"
     with pytest.raises(ValueError, match=message):
-        train(quick(run, resume=True))
+        train(quick(run, resume="latest"))
     assert sorted(run.rglob("*")) == before
 
 
 def test_the_earlier_format_is_refused_clearly(tmp_path, trained):
     path = checkpoint.save(tmp_path, 1, *trained, quick(tmp_path))
-    for name in (checkpoint.MANIFEST, checkpoint.TENSORS, checkpoint.STATE):
+    for name in (manifest.MANIFEST, manifest.TENSORS, manifest.STATE):
         (path / name).unlink()
     (path / "training.pt").write_bytes(b"old")
     with pytest.raises(ValueError, match=r"manifest\.json is missing \(it is of an earlier version; --init"):
@@ -206,7 +207,7 @@ def test_killed_while_writing(tmp_path, monkeypatch, whole):
     class KilledError(BaseException):
         pass
 
-    real = checkpoint._measure
+    real = manifest.measure
 
     def killed(path):
         if "step-000008" in str(path):
@@ -214,14 +215,14 @@ def test_killed_while_writing(tmp_path, monkeypatch, whole):
             raise KilledError
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "_measure", killed)
+    monkeypatch.setattr(manifest, "measure", killed)
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # a kill cleans nothing up
     with pytest.raises(KilledError):
         train(quick(tmp_path / "run"))
     monkeypatch.undo()
     assert steps(tmp_path / "run") == [4]
     assert list((tmp_path / "run" / "checkpoints").glob(".step-000008.tmp"))
-    train(quick(tmp_path / "run", resume=True))
+    train(quick(tmp_path / "run", resume="latest"))
     assert_same_weights(whole, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
@@ -252,7 +253,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, error
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004"]
     checkpoint.verify(checkpoint.find(run)[0].path)
     monkeypatch.undo()
-    train(quick(run, keep=1, resume=True))
+    train(quick(run, keep=1, resume="latest"))
     assert_same_weights(whole, run)
 
 
@@ -272,7 +273,7 @@ def test_nothing_older_goes_before_the_new_one_reads_back(tmp_path, monkeypatch,
         checkpoint.save(tmp_path, 2, *trained, config)
     monkeypatch.undo()
     assert steps(tmp_path) == [1, 2]
-    assert checkpoint.resume(tmp_path, *trained) == 1
+    assert checkpoint.resume(tmp_path, *trained).step == 1
     checkpoint.save(tmp_path, 2, *trained, config)  # and its place is free again
     assert steps(tmp_path) == [2]
 
@@ -283,7 +284,7 @@ def test_nothing_older_goes_before_the_new_one_reads_back(tmp_path, monkeypatch,
 def test_the_last_and_the_best_are_kept(tmp_path, monkeypatch):
     quality = iter([0.2, 0.5, 0.3, float("nan"), 0.5, 0.4])
     entry = {"pixel_accuracy": 0.0, "images": 4}
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"miou": next(quality), **entry})
+    monkeypatch.setattr(Evaluating, "evaluate", lambda *_: {"miou": next(quality), **entry})
     run = tmp_path / "run"
     train(quick(run, eval_every=2, save_every=3, keep=2))
     assert steps(run) == [4, 9, 12]
@@ -305,7 +306,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tmp_path):
     with pytest.raises(SystemExit):
         train(config, on_step=stop)
     assert [e["step"] for e in read_log(tmp_path / "parts", "evaluation")] == [4]
-    train(dataclasses.replace(config, resume=True))
+    train(dataclasses.replace(config, resume="latest"))
     logs = [read_log(tmp_path / name, "evaluation") for name in ("whole", "parts")]
     assert logs[0] == logs[1]
 
@@ -327,7 +328,7 @@ def test_sigterm_saves_the_current_step(tmp_path, whole, capsys):
     assert "stopped by SIGTERM: step 6 of 12 is saved" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    train(quick(tmp_path / "run", resume=True))
+    train(quick(tmp_path / "run", resume="latest"))
     assert_same_weights(whole, tmp_path / "run")
 
 
@@ -367,7 +368,7 @@ def test_other_threads_install_nothing():
 def test_command_line_stops_and_resumes_bit_for_bit(tmp_path, group):
     """Also when SIGTERM goes to the loader's workers too, as schedulers send it."""
     command = [sys.executable, "-m", "segclip_fast.train", "scenes", "--quiet", "--steps", "40"]
-    command += ["--batch-size", "4", "--data.samples", "8", "--eval-images", "2", "--save-every", "100"]
+    command += ["--batch-size", "4", "--train-num-samples", "8", "--eval-images", "2", "--save-every", "100"]
     subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True)
     run = tmp_path / "parts"
     first = [*command, "--output", str(run), "--data.workers", "2" if group else "0"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import errno
+import io
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from test_training import assert_same_weights, quick
 from segclip_fast.config import DataConfig, SuperpixelConfig
 from segclip_fast.data.folder import FolderSource
 from segclip_fast.data.images import load_segments
-from segclip_fast.data.pipeline import PairDataset, make_source
+from segclip_fast.data.opening import make_source
+from segclip_fast.data.pipeline import PairDataset
+from segclip_fast.data.sample import SampleError
 from segclip_fast.data.scenes import make_scene
 from segclip_fast.ops import patch_labels
 from segclip_fast.training.log import read_log
@@ -60,14 +65,14 @@ def test_finds_pictures_and_reads_captions(tmp_path):
 
 def test_captions_are_drawn_by_position(tmp_path):
     write(tmp_path, "a.png", "a zebra\na lava\na grass")
-    config = quick(tmp_path / "run", data=DataConfig(source="folder", root=str(tmp_path)))
+    config = quick(tmp_path / "run", data=DataConfig(dataset_type="folder", train_data=str(tmp_path)))
     datasets = [PairDataset(FolderSource(tmp_path), config.data, config.model, seed) for seed in (1, 1, 2)]
-    drawn = [[dataset[position].caption for position in range(30)] for dataset in datasets]
+    drawn = [[dataset[position].facts.caption for position in range(30)] for dataset in datasets]
     assert set(drawn[0]) == {"a zebra", "a lava", "a grass"}
     assert drawn[0] == drawn[1] != drawn[2]
-    assert [datasets[1][position].caption for position in (29, 7)] == [drawn[0][29], drawn[0][7]]
+    assert [datasets[1][position].facts.caption for position in (29, 7)] == [drawn[0][29], drawn[0][7]]
     sample = datasets[0][7]
-    assert torch.equal(sample.tokens, datasets[0].tokenize([sample.caption], datasets[0].tokens)[0])
+    assert torch.equal(sample.tokens, datasets[0].tokenize([sample.facts.caption], datasets[0].tokens)[0])
 
 
 @pytest.mark.parametrize(
@@ -140,24 +145,63 @@ def test_missing_files_are_named_at_once(tmp_path):
 
 
 def test_broken_files_are_named(tmp_path):
+    """A training run may go on without them; the key is always the picture."""
     picture = write(tmp_path, "a.png", "\n \n", grid(size=24))
-    with pytest.raises(ValueError, match=r"captions: expected at least one non-empty line.*a\.txt"):
-        FolderSource(tmp_path)[0]
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"captions: expected UTF-8 text, got .*a\.txt"):
-        FolderSource(tmp_path)[0]
-    (tmp_path / "a.txt").write_text("a zebra")
-    with pytest.raises(
-        ValueError, match=r"segments: expected \(48, 48\), .*a\.png, got \(24, 24\) in .*a\.segments\.png"
-    ):
-        FolderSource(tmp_path, segments=True)[0]
-    source = FolderSource(tmp_path)
-    (tmp_path / "a.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"captions: expected an existing text file, got .*a\.txt"):
-        source[0]
+    text, segments = picture.with_suffix(".txt"), tmp_path / "a.segments.png"
+
+    def refused(source, reason):
+        with pytest.raises(SampleError, match=reason) as caught:
+            source[0]
+        assert caught.value.key == str(picture)
+        assert str(caught.value) == f"{picture}: {caught.value.reason}"
+
+    source, with_segments = FolderSource(tmp_path), FolderSource(tmp_path, segments=True)
+    refused(source, r"captions: expected at least one non-empty line.*a\.txt")
+    text.write_bytes(b"caf\xe9")
+    refused(source, r"captions: expected UTF-8 text, got .*a\.txt")
+    text.write_text("a zebra")
+    refused(with_segments, r"segments: expected \(48, 48\), .*a\.png, got \(24, 24\) in .*a\.segments\.png")
+    segments.write_bytes(b"labels")
+    refused(with_segments, r"segments: expected an image file, got .*a\.segments\.png")
+    segments.unlink()
+    refused(with_segments, r"segments: expected an existing image file, got .*a\.segments\.png")
+    assert source[0].caption == "a zebra"
+    text.unlink()
+    refused(source, r"captions: expected an existing text file, got .*a\.txt")
     picture.write_bytes(picture.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"picture: expected .*a\.png"):
+    refused(source, "picture: expected a complete picture")
+    picture.write_text("no picture")
+    refused(source, "picture: expected one of .*'PNG'.*no picture")
+    picture.unlink()
+    refused(source, "picture: expected an existing file, got none")
+
+
+def test_large_pictures_are_left_out(tmp_path):
+    write(tmp_path, "a.png")
+    assert FolderSource(tmp_path, max_pixels=48 * 48)[0].caption == "a zebra"
+    with pytest.raises(SampleError, match=r"a\.png: picture: expected at most 2303 pixels, got 48 x 48"):
+        FolderSource(tmp_path, max_pixels=48 * 48 - 1)[0]
+    with pytest.raises(ValueError, match="max_pixels: expected a positive number, got 0"):
+        FolderSource(tmp_path, max_pixels=0)
+
+
+@pytest.mark.parametrize("ending", [".png", ".txt", ".segments.png"])
+def test_a_failing_disk_is_no_damaged_sample(tmp_path, monkeypatch, ending):
+    """It would fail for all of them."""
+    write(tmp_path, "a.png", segments=grid())
+    source = FolderSource(tmp_path, segments=True)
+    opening = io.open
+
+    def failing(file, *arguments, **options):
+        if str(file) == str(tmp_path / f"a{ending}"):
+            raise OSError(errno.EIO, "Input/output error")
+        return opening(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", failing)
+    monkeypatch.setattr(builtins, "open", failing)
+    with pytest.raises(OSError, match="Input/output error") as caught:
         source[0]
+    assert not isinstance(caught.value, ValueError)
 
 
 def folder_run(tmp_path, **changes):
@@ -167,7 +211,7 @@ def folder_run(tmp_path, **changes):
             root, f"{number}.png", "a zebra\na photo of a lava" if number % 2 else "a grass", grid(), number
         )
     stored = SuperpixelConfig(kind="stored")
-    data = DataConfig(source="folder", root=str(root), superpixels=stored)
+    data = DataConfig(train_data=str(root), superpixels=stored)
     return dataclasses.replace(quick(tmp_path / "run", data=data, device="cpu"), **changes)
 
 
@@ -188,7 +232,7 @@ def test_training_on_a_folder_with_stored_masks_resumes_exactly(tmp_path):
     parts = dataclasses.replace(config, output=str(tmp_path / "parts"))
     with pytest.raises(StopError):
         train(parts, on_step=stop)
-    train(dataclasses.replace(parts, resume=True))
+    train(dataclasses.replace(parts, resume="latest"))
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -202,8 +246,9 @@ def test_stored_masks_reach_the_batch(tmp_path):
 
 def test_settings_of_a_folder(tmp_path):
     config = folder_run(tmp_path)
-    with pytest.raises(ValueError, match="eval_every: expected 0 with data.source 'folder'"):
+    with pytest.raises(ValueError, match="eval_every: expected 0 without eval_dataset and held-out pictures"):
         dataclasses.replace(config, eval_every=5)
-    data = dataclasses.replace(config.data, root="")
-    with pytest.raises(ValueError, match="data.root: expected the folder of the pictures, got ''"):
-        make_source(data, config.model)
+    for kind in ("auto", "folder"):
+        data = dataclasses.replace(config.data, dataset_type=kind, train_data="")
+        with pytest.raises(ValueError, match="data.train_data: expected a folder of pictures.*got ''"):
+            make_source(data, config.model)

@@ -20,7 +20,8 @@ from segclip_fast.data.transforms import crop_box, normalise, resized_crop
 from segclip_fast.interop.authors import authors_name, to_authors
 from segclip_fast.interop.clip import freeze_embeddings
 from segclip_fast.ops import felzenszwalb
-from segclip_fast.training.optim import apply_step, build_optimizer, schedule, set_rates
+from segclip_fast.training.optim import apply_step, build_optimizer, schedule, set_rates, trained
+from segclip_fast.training.parallel import gradient_norm
 
 pytestmark = [pytest.mark.golden, requires_golden]
 
@@ -66,7 +67,9 @@ def _step(batch, noise, settings, model):
     named = {authors_name(name): value for name, value in model.named_parameters()}
     grads = {name: None if p.grad is None else p.grad.clone() for name, p in named.items()}
     before = {name: value.detach().clone() for name, value in named.items()}
-    norm = apply_step(model, optimizer, OptimConfig(decay="official"), settings["step"], settings["t_total"])
+    norm = gradient_norm(trained(optimizer))
+    official = OptimConfig(decay="official")
+    apply_step(model, optimizer, official, settings["step"], settings["t_total"], norm)
     rates = sorted({group["lr"] for group in optimizer.param_groups})
     after = {name: value.detach().clone() for name, value in named.items()}
     with torch.no_grad():  # the module's model stays the recipe's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +66,33 @@ def test_every_source_reaches_the_build_and_the_sdist():
     for source in (ROOT / "csrc").iterdir():
         if source.suffix in {".cpp", ".cu"}:
             assert f"csrc/{source.name}" in cmake
-    for needed in ("graft csrc", "graft kernels", "CMakeLists.txt", "constraints.txt"):
+    for needed in ("graft csrc", "graft kernels", "graft configs", "CMakeLists.txt", "constraints.txt"):
         assert needed in manifest
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the repository")
+def test_the_prepared_runs_are_installed_with_the_package(tmp_path):
+    for name in ("segclip_fast", "kernels", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
+    subprocess.run(build, cwd=tmp_path, capture_output=True, check=True)
+    # -S: neither the copy that is installed here nor what it needs; so the folder alone is looked at.
+    code = "import importlib.resources as r; print(r.files('segclip_fast.configs'))"
+    found = Path(
+        subprocess.run(
+            [sys.executable, "-S", "-c", code],
+            cwd=tmp_path / "built",
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    )
+    assert found == tmp_path / "built" / "segclip_fast" / "configs"
+    runs = {file.relative_to(ROOT / "configs") for file in (ROOT / "configs").rglob("*.yaml")}
+    assert {file.relative_to(found) for file in found.rglob("*.yaml")} == runs
+    assert len(runs) >= 13
 
 
 def test_extension_rejects_what_the_op_would_not_pass():

@@ -192,6 +192,11 @@ def test_patch_labels_of_the_release():
         ({"min_size": -5}, "data.superpixels.min_size: expected a finite number of at least 0, got -5"),
         ({"segments": 0}, "data.superpixels.segments: expected at least 1, got 0"),
         ({"compactness": 0.0}, "data.superpixels.compactness: expected a positive number, got 0.0"),
+        ({"cache": "kept"}, "data.superpixels.cache: expected empty unless order is .*, got 'kept'"),
+        (
+            {"cache": "kept", "kind": "stored", "order": "segment_first"},
+            "data.superpixels.cache: expected empty unless .* segments are computed",
+        ),
         ({"where": "device", "kind": "slic"}, "data.superpixels.where: .* got device with kind 'slic'"),
         ({"where": "device", "kind": "stored"}, "data.superpixels.where: .* got device with kind 'stored'"),
         ({"where": "device", "order": "segment_first"}, "got device with .* order 'segment_first'"),
@@ -204,15 +209,15 @@ def test_unusable_settings(values, message):
 
 
 def test_settings_of_the_data():
-    with pytest.raises(ValueError, match=r"data.superpixels.kind: expected felzenszwalb or slic with source"):
-        DataConfig(superpixels=SuperpixelConfig(kind="stored"))
-    with pytest.raises(ValueError, match=r"data.source: expected one of .*got 'web'"):
-        DataConfig(source="web")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"data.cache: expected False with source 'folder'"):
-        DataConfig(source="folder", cache=True, crop_area=(1, 1))
+    with pytest.raises(ValueError, match="data.superpixels.kind: expected felzenszwalb or slic with data"):
+        DataConfig(dataset_type="scenes", superpixels=SuperpixelConfig(kind="stored"))
+    with pytest.raises(ValueError, match=r"data.dataset_type: expected one of .*got 'web'"):
+        DataConfig(dataset_type="web")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="data.cache: expected False unless dataset_type is scenes"):
+        DataConfig(dataset_type="folder", cache=True, crop_area=(1, 1))
     with pytest.raises(ValueError, match=r"data.workers: expected a number of at least 0, got -1"):
         DataConfig(workers=-1)
-    config = DataConfig(source="folder", superpixels=SuperpixelConfig(kind="stored"))
+    config = DataConfig(train_data="pictures", superpixels=SuperpixelConfig(kind="stored"))
     assert from_dict(DataConfig, to_dict(config)) == config
     with pytest.raises(ValueError, match=r"got unknown \['superpixel_scale'\]"):
         from_dict(DataConfig, {"superpixel_scale": 224.0})

@@ -27,7 +27,8 @@ from segclip_fast.config import (
     TrainConfig,
     scenes_tiny,
 )
-from segclip_fast.data.pipeline import PairDataset, Sample, batches, caption_holds, collate, make_source
+from segclip_fast.data.opening import make_source
+from segclip_fast.data.pipeline import Facts, PairDataset, Positions, batches, caption_holds, collate
 from segclip_fast.data.sample import RawSample
 from segclip_fast.data.transforms import crop_box, resized_crop
 from segclip_fast.training import checkpoint
@@ -46,7 +47,9 @@ def quick(output, **changes) -> TrainConfig:
         output=str(output),
         model=model,
         loss=LossConfig(mask_false_negatives=True),
-        data=DataConfig(samples=20, superpixels=SuperpixelConfig(scale=20, min_size=8)),
+        data=DataConfig(
+            dataset_type="scenes", train_num_samples=20, superpixels=SuperpixelConfig(scale=20, min_size=8)
+        ),
         optim=OptimConfig(lr=1e-3, lower_lr=1e-3),
         steps=12,
         batch_size=4,
@@ -100,7 +103,7 @@ def test_resume_is_exact(tmp_path):
 
     with pytest.raises(StopError):
         train(quick(tmp_path / "parts"), on_step=stop)
-    train(quick(tmp_path / "parts", resume=True), on_step=lambda step, _: seen.append(step))
+    train(quick(tmp_path / "parts", resume="latest"), on_step=lambda step, _: seen.append(step))
     assert seen == [*range(1, 8), *range(5, 13)]  # continued after the checkpoint of step 4
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     keys = ("step", "total", "gradient_norm")
@@ -127,7 +130,7 @@ def test_killed_run_on_composed_stamps_resumes_bit_for_bit(tmp_path, stamp_root)
         "-m",
         "segclip_fast.train",
         "stamps",
-        "--data.root",
+        "--train-data",
         str(stamp_root),
         "--quiet",
     ]
@@ -155,7 +158,7 @@ def test_output_folder_is_never_overwritten_silently(tmp_path):
         train(config)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match=r"resume: expected the settings.*other \['batch_size'\]"):
-        train(dataclasses.replace(config, resume=True, batch_size=5))
+        train(dataclasses.replace(config, resume="latest", batch_size=5))
     train(dataclasses.replace(config, overwrite=True))
     assert len(read_log(run)) == 2
     other = tmp_path / "mine"
@@ -169,13 +172,13 @@ def test_output_folder_is_never_overwritten_silently(tmp_path):
 def test_steps_without_a_finite_loss_are_skipped_then_stop(tmp_path, monkeypatch):
     from segclip_fast.training import loop
 
-    real, bad = loop.forward, set()
+    real, bad = loop.losses_and_gradients, set()
 
-    def forward(model, batch, config, step):
-        losses = real(model, batch, config, step)
+    def poisoned(run, batch, step):
+        losses = real(run, batch, step)
         return dataclasses.replace(losses, total=losses.total * float("nan")) if step in bad else losses
 
-    monkeypatch.setattr(loop, "forward", forward)
+    monkeypatch.setattr(loop, "losses_and_gradients", poisoned)
     bad.update({3, 4})
     model = train(quick(tmp_path / "a"))
     assert [e["step"] for e in read_log(tmp_path / "a") if e["skipped"]] == [3, 4]
@@ -198,9 +201,9 @@ def test_steps_without_a_finite_gradient_are_skipped(tmp_path):
 
     handles: list = []
     parameter = None
-    from segclip_fast.training import loop
+    from segclip_fast.training import preparing
 
-    real = loop.build_optimizer
+    real = preparing.build_optimizer
 
     def build(model, config):
         nonlocal parameter
@@ -208,7 +211,7 @@ def test_steps_without_a_finite_gradient_are_skipped(tmp_path):
         return real(model, config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build_optimizer", build)
+        patch.setattr(preparing, "build_optimizer", build)
         model = train(quick(tmp_path / "run"), on_step=poison)
     log = read_log(tmp_path / "run")
     assert [e["step"] for e in log if e["skipped"]] == [4]
@@ -230,7 +233,7 @@ def test_command_line(tmp_path, launcher):
         "--output",
         str(tmp_path / "run"),
     ]
-    command += ["--steps", "2", "--batch-size", "4", "--data.samples", "8", "--eval-images", "2"]
+    command += ["--steps", "2", "--batch-size", "4", "--train-num-samples", "8", "--eval-images", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"trained model: {tmp_path / 'run'}/model" in done.stdout
@@ -240,21 +243,15 @@ def test_command_line(tmp_path, launcher):
         assert again.stderr.strip().startswith("error: output: expected an empty folder")
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE: expected 1 process, got 2"):
-        train(quick(tmp_path / "run"))
-
-
 def test_unusable_settings(tmp_path):
-    with pytest.raises(ValueError, match="data.root: expected the folder of the stamps"):
-        train(quick(tmp_path / "a", data=DataConfig(source="stamps")))
+    with pytest.raises(ValueError, match="data.train_data: expected the folder of the stamps"):
+        train(quick(tmp_path / "a", data=DataConfig(dataset_type="stamps")))
     with pytest.raises(ValueError, match="steps: expected a positive number, got 0"):
         quick(tmp_path / "a", steps=0)
     with pytest.raises(ValueError, match="data.crop_area: expected"):
         DataConfig(crop_area=(0.9, 0.5))
     with pytest.raises(ValueError, match="resume: expected not together with overwrite"):
-        quick(tmp_path / "a", resume=True, overwrite=True)
+        quick(tmp_path / "a", resume="latest", overwrite=True)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: expected one that is available"):
             train(quick(tmp_path / "a", device="cuda"))
@@ -296,7 +293,13 @@ def test_every_sample_of_an_epoch_once(tmp_path):
     config = quick(tmp_path)
     dataset = PairDataset(make_source(config.data, config.model), config.data, config.model, 7)
     seen = []
-    dataset.prepare = lambda raw, position: seen.append(raw.caption + str(raw.image.sum()))  # type: ignore[assignment]
+    real = dataset.prepare
+
+    def prepare(raw, position):
+        seen.append(raw.caption + str(raw.image.sum()))
+        return real(raw, position)
+
+    dataset.prepare = prepare  # type: ignore[method-assign]
     for position in range(40):
         dataset[position]
     assert sorted(seen[:20]) == sorted(seen[20:])
@@ -308,18 +311,18 @@ def test_batches_start_anywhere(tmp_path):
     config = quick(tmp_path)
     source = make_source(config.data, config.model)
     dataset = PairDataset(source, config.data, config.model, 7)
-    whole = list(batches(dataset, 4, 0, 5))
-    part = list(batches(PairDataset(source, config.data, config.model, 7), 4, 3, 5))
+    whole = list(batches(dataset, Positions(0, 5, 4)))
+    part = list(batches(PairDataset(source, config.data, config.model, 7), Positions(12, 2, 4)))
     for a, b in zip(whole[3:], part, strict=True):
-        for name, value in vars(a).items():
-            assert torch.equal(value, getattr(b, name)), name
+        for name in ("pixels", "tokens", "superpixels"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert a.facts == b.facts
     assert whole[0].pixels.shape == (4, 3, 32, 32)
     assert whole[0].superpixels.shape == (4, 4, 4)
 
 
 def sample(caption, content=(), mentioned=()):
-    zero = torch.zeros(1)
-    return Sample(zero, zero, zero, frozenset(content), frozenset(mentioned), caption)
+    return Facts(frozenset(content), frozenset(mentioned), caption)
 
 
 def test_caption_holds():
@@ -337,7 +340,16 @@ def test_caption_holds():
         [False, False, False, True, True],
         [False, False, False, True, True],
     ]
-    assert caption_holds(samples).tolist() == expected
+    assert caption_holds(samples, samples).tolist() == expected
+    assert caption_holds(samples[1:3], samples).tolist() == expected[1:3]
+    assert caption_holds(samples, samples[3:]).tolist() == [row[3:] for row in expected]
+
+
+def test_processes_share_the_positions_of_a_step():
+    shares = [list(Positions(100, 2, 3, rank, 2)) for rank in range(2)]
+    assert shares == [[100, 101, 102, 106, 107, 108], [103, 104, 105, 109, 110, 111]]
+    assert Positions(100, 2, 3, 1, 2).of(1) == range(109, 112)
+    assert len(Positions(100, 2, 3, 1, 2)) == 6
 
 
 def test_cache_changes_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Pictures and captions: loading, embedded scenes, stamps, folders, pseudo-labels, transforms, tokenizing.
+"""Pictures and captions: loading, shards, tables, folders, stamps, scenes, pseudo-labels, transforms.
 
 Names load on first use: importing this package needs neither torch nor Pillow.
 """
@@ -9,39 +9,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
+    "CocoCaptions": "caption_files",
     "FolderSource": "folder",
     "IGNORE_LABEL": "sample",
     "ImageTextSource": "sample",
     "MATERIALS": "scenes",
+    "Mixture": "mixture",
     "RawSample": "sample",
+    "SampleError": "sample",
     "SceneSource": "scenes",
+    "ShardSource": "shards",
     "StampSource": "stamps",
+    "Synthetic": "mixture",
+    "TableSource": "caption_files",
     "caption_vocabulary": "scenes",
     "load_image": "images",
     "load_segments": "images",
     "make_scene": "scenes",
+    "make_source": "opening",
     "resize_bilinear_uint8": "images",
 }
 __all__ = [
     "IGNORE_LABEL",
     "MATERIALS",
+    "CocoCaptions",
     "FolderSource",
     "ImageTextSource",
+    "Mixture",
     "RawSample",
+    "SampleError",
     "SceneSource",
+    "ShardSource",
     "StampSource",
+    "Synthetic",
+    "TableSource",
     "caption_vocabulary",
     "load_image",
     "load_segments",
     "make_scene",
+    "make_source",
     "resize_bilinear_uint8",
 ]
 
 if TYPE_CHECKING:
+    from .caption_files import CocoCaptions, TableSource
     from .folder import FolderSource
     from .images import load_image, load_segments, resize_bilinear_uint8
-    from .sample import IGNORE_LABEL, ImageTextSource, RawSample
+    from .mixture import Mixture, Synthetic
+    from .opening import make_source
+    from .sample import IGNORE_LABEL, ImageTextSource, RawSample, SampleError
     from .scenes import MATERIALS, SceneSource, caption_vocabulary, make_scene
+    from .shards import ShardSource
     from .stamps import StampSource
 
 

@@ -12,11 +12,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .images import load_image, load_segments
-from .sample import RawSample
+import numpy as np
+
+from .._checks import require
+from .images import load_segments
+from .sample import RawSample, SampleError
+from .shards import MAX_PIXELS, decode_picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SEGMENTS = ".segments.png"
+_GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class FolderSource:
@@ -29,17 +34,21 @@ class FolderSource:
     Args:
         root: the folder.
         segments: read NAME.segments.png as `RawSample.segments`; every picture must have one.
+        max_pixels: a picture of more pixels raises SampleError before it is decoded.
 
     Attributes:
         pictures: paths of the pictures relative to `root`.
 
     Raises:
         FileNotFoundError: no such folder, no pictures in it, or a picture without caption or label map.
+        ValueError: `max_pixels` is not positive.
     """
 
     class_names: Sequence[str] = ()
 
-    def __init__(self, root: str | Path, segments: bool = False) -> None:
+    def __init__(self, root: str | Path, segments: bool = False, *, max_pixels: int = MAX_PIXELS) -> None:
+        require(max_pixels > 0, "max_pixels", "a positive number", max_pixels)
+        self.max_pixels = max_pixels
         self.root, self.segments = Path(root).absolute(), segments
         if not self.root.is_dir():
             raise FileNotFoundError(f"root: expected the folder of the pictures, got {str(root)!r}")
@@ -56,22 +65,20 @@ class FolderSource:
 
         Raises:
             IndexError: no such picture.
-            FileNotFoundError: a file has gone.
-            ValueError: a broken file, no caption in it, or a label map of another size; names the file.
+            SampleError: a file is gone or broken, the picture too large, no caption in the text file, or a
+                label map of another size; the key is the picture's path.
         """
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
         path = self.root / self.pictures[index]
-        image = load_image(path, name="picture")
-        captions = _captions(path.with_name(f"{path.stem}.txt"))
-        segments = None
-        if self.segments:
-            file = path.with_name(f"{path.stem}{SEGMENTS}")
-            segments = load_segments(file)
-            if segments.shape != image.shape[:2]:
-                size = f"{image.shape[:2]}, the (height, width) of {path.name}"
-                raise ValueError(f"segments: expected {size}, got {segments.shape} in {str(file)!r}")
+        key = str(path)
+        try:
+            image = decode_picture(path.read_bytes(), key, self.max_pixels)
+        except _GONE:
+            raise SampleError(key, "picture: expected an existing file, got none") from None
+        captions = _captions(path.with_name(f"{path.stem}.txt"), key)
+        segments = _segments(path, image) if self.segments else None
         several = captions if len(captions) > 1 else ()
         return RawSample(image, captions[0], segments=segments, captions=several)
 
@@ -94,15 +101,33 @@ def _pictures(root: Path, segments: bool) -> list[str]:
     return sorted(found)
 
 
-def _captions(path: Path) -> tuple[str, ...]:
-    """The non-empty lines of a caption file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"captions: expected an existing text file, got {str(path)!r}")
+def _captions(path: Path, key: str) -> tuple[str, ...]:
+    """The non-empty lines of a caption file; raises SampleError if there are none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except _GONE:
+        reason = f"captions: expected an existing text file, got {str(path)!r}"
+        raise SampleError(key, reason) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"captions: expected UTF-8 text, got {str(path)!r} ({error})") from error
+        reason = f"captions: expected UTF-8 text, got {str(path)!r} ({error})"
+        raise SampleError(key, reason) from error
     lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
-        raise ValueError(f"captions: expected at least one non-empty line, got none in {str(path)!r}")
+        raise SampleError(key, f"captions: expected at least one non-empty line, got none in {str(path)!r}")
     return lines
+
+
+def _segments(path: Path, image: np.ndarray) -> np.ndarray:
+    """(H, W) int32 label map of the picture (H, W, 3) at `path`; raises SampleError if it has none."""
+    file = path.with_name(f"{path.stem}{SEGMENTS}")
+    try:
+        segments = load_segments(file)
+    except (FileNotFoundError, ValueError) as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise cause from None  # the disk or its rights, not this file's content
+        raise SampleError(str(path), str(error)) from error
+    if segments.shape != image.shape[:2]:
+        size = f"{image.shape[:2]}, the (height, width) of {path.name}"
+        raise SampleError(str(path), f"segments: expected {size}, got {segments.shape} in {str(file)!r}")
+    return segments

@@ -1,19 +1,19 @@
 """From image-text pairs to training batches; every sample is a function of (seed, position) alone.
 
-That makes a run resumable at any step, whatever the number of loader workers: batch s holds the positions
-s B to (s + 1) B - 1, and position p shows the source's sample number order(p // len)[p % len].
-Workers deliver 8-bit pixels; the training device normalises them, and there the superpixels may be computed
-too (`training/prefetch.py`).
-Shapes: B batch, S image side in pixels, T tokens, h = w = S / patch.
+That makes a run resumable at any step, whatever the number of loader workers and processes: positions count
+the samples of the endless stream of epochs, and position p shows the source's sample number order(p //
+len)[p % len]. Workers deliver 8-bit pixels; the training device normalises them, and there the superpixels
+may be computed too (`training/prefetch.py`).
+Shapes: B pairs of a process and step, S image side in pixels, T tokens, h = w = S / patch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import DataConfig, SegCLIPConfig
+from .mixture import Mixture, Permutation, mix
+from .opening import sample_name
 from .pseudo_labels import PatchLabels
-from .sample import ImageTextSource, RawSample
+from .sample import ImageTextSource, RawSample, SampleError
 from .tokenizer import tokenizer_for
 from .transforms import crop_box, resized_crop
+
+STAGES = ("read", "crop", "superpixels", "tokens")
+RETRIES = 50  # damaged samples in a row, as in the release
+_LARGE = 1 << 20  # samples, from which on a table of the order would weigh on every worker
+
+
+class Facts(NamedTuple):
+    """What is known of a pair: concepts in the image, concepts that the caption names, the caption."""
+
+    content: frozenset[str]
+    mentioned: frozenset[str]
+    caption: str
+
+
+class Damage(NamedTuple):
+    """A sample that cannot be used: its name, and why."""
+
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -35,17 +56,17 @@ class Sample:
         pixels: (3, S, S) uint8, the training crop.
         tokens: (T,) int64.
         superpixels: (h, w) int64 patch labels, or None where the training device makes them.
-        content: concepts known to be in the image.
-        mentioned: concepts that the caption names.
-        caption: the text.
+        facts: what is known of it.
+        damaged: samples that were to stand here and cannot be used.
+        seconds: time spent on each of STAGES.
     """
 
     pixels: Tensor
     tokens: Tensor
     superpixels: Tensor | None
-    content: frozenset[str]
-    mentioned: frozenset[str]
-    caption: str
+    facts: Facts
+    damaged: tuple[Damage, ...] = ()
+    seconds: tuple[float, ...] = (0.0,) * len(STAGES)
 
 
 @dataclass(frozen=True)
@@ -56,58 +77,29 @@ class LoadedBatch:
         pixels: (B, 3, S, S) uint8.
         tokens: (B, T) int64.
         superpixels: (B, h, w) int64 patch labels, or None where the training device makes them.
-        holds: (B, B) bool, caption j is known to hold for image i.
+        facts: what is known of each pair.
+        damaged: samples that others stand in for.
+        seconds: a worker's time for the batch by STAGES.
     """
 
     pixels: Tensor
     tokens: Tensor
     superpixels: Tensor | None
-    holds: Tensor
+    facts: tuple[Facts, ...]
+    damaged: tuple[Damage, ...]
+    seconds: tuple[float, ...]
 
     def pin_memory(self) -> LoadedBatch:
         """The same batch in page-locked memory (called by the loader)."""
         superpixels = None if self.superpixels is None else self.superpixels.pin_memory()
-        return LoadedBatch(
-            self.pixels.pin_memory(), self.tokens.pin_memory(), superpixels, self.holds.pin_memory()
-        )
-
-
-def make_source(config: DataConfig, model: SegCLIPConfig, split: str = "train") -> ImageTextSource:
-    """The image-text source named by `config`, at the model's image size.
-
-    Raises:
-        ValueError: an unknown source, or a root that is missing where one is needed.
-        FileNotFoundError: the root does not hold the source.
-    """
-    size = model.vision.image_size
-    if config.source == "scenes":
-        from .scenes import SceneSource
-
-        return SceneSource(
-            config.samples, seed=config.seed, size=size, split="val" if split != "train" else split
-        )
-    if config.source == "stamps":
-        from .stamps import StampSource
-
-        if not config.root:
-            raise ValueError("data.root: expected the folder of the stamps, got ''")
-        return StampSource(Path(config.root), config.samples, seed=config.seed, size=size, split=split)
-    from .folder import FolderSource
-
-    if not config.root:
-        raise ValueError("data.root: expected the folder of the pictures, got ''")
-    return FolderSource(Path(config.root), segments=config.superpixels.kind == "stored")
-
-
-def make_held_out(config: DataConfig, model: SegCLIPConfig, samples: int) -> ImageTextSource | None:
-    """The `samples` pictures that a run is evaluated on; None for a source without masks."""
-    if config.source == "folder":
-        return None
-    return make_source(dataclasses.replace(config, samples=samples), model, "val")
+        pixels, tokens = self.pixels.pin_memory(), self.tokens.pin_memory()
+        return LoadedBatch(pixels, tokens, superpixels, self.facts, self.damaged, self.seconds)
 
 
 class PairDataset(Dataset[Sample]):
     """Prepared samples by position in the endless stream of epochs.
+
+    A sample that cannot be used is replaced by the next one that can.
 
     Args:
         source: the pairs.
@@ -130,77 +122,169 @@ class PairDataset(Dataset[Sample]):
         self.tokenize = tokenizer_for(model.text)
         # The paper's runs read captions of 32 tokens, evaluation 77.
         self.tokens = min(model.text.context_length, 32)
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch, self._order = -1, _Order(source, seed, 0)
         self._cache: dict[int, Sample] = {}
 
     def __getitem__(self, position: int) -> Sample:
-        epoch, offset = divmod(position, len(self.source))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
-        index = int(self._order[offset])
-        if not self.data.cache:
-            return self.prepare(self.source[index], position)
-        if index not in self._cache:
-            self._cache[index] = self.prepare(self.source[index], position)
-        return self._cache[index]
+        """The sample at `position`.
+
+        Raises:
+            ValueError: too many samples in a row cannot be used; names one.
+            OSError, RuntimeError: the source itself fails.
+        """
+        order, offset = self._locate(position)
+        damaged: list[Damage] = []
+        for attempt in range(RETRIES + 1):
+            index = order.index((offset + attempt) % len(self.source))
+            if index in self._cache:
+                return self._cache[index]
+            try:
+                sample = self._prepare_at(order, index, position, tuple(damaged))
+            except SampleError as error:
+                damaged.append(Damage(error.key, error.reason))
+                continue
+            if self.data.cache:
+                self._cache[index] = sample
+            return sample
+        last = damaged[-1]
+        got = f"none, the last of them {last.key}: {last.reason}"
+        raise ValueError(f"data.train_data: expected a usable sample among {len(damaged)}, got {got}")
+
+    def name(self, position: int) -> str:
+        """Where the sample at `position` comes from (or the damaged one that another stands in for)."""
+        order, offset = self._locate(position)
+        return sample_name(order.source, order.index(offset))
 
     def prepare(self, raw: RawSample, position: int) -> Sample:
         """Random crop, patch labels from the pseudo-labels, one caption as tokens."""
+        started = time.perf_counter()
         rng = random.Random(f"{self.seed}-{position}")
         height, width = raw.image.shape[:2]
         box = (0, 0, height, width)
         if self.data.crop_area != (1, 1):
             box = crop_box(height, width, self.data.crop_area, rng)
         crop = resized_crop(raw.image, box, self.model.vision.image_size)  # (S, S, 3)
+        pixels = torch.from_numpy(np.array(crop.transpose(2, 0, 1), order="C"))
+        cropped = time.perf_counter()
+        labels = self.labels.of_crop(raw, box, crop) if self.labels else None
+        segmented = time.perf_counter()
         caption = rng.choice(raw.captions) if raw.captions else raw.caption
-        return Sample(
-            torch.from_numpy(np.array(crop.transpose(2, 0, 1), order="C")),
-            self.tokenize([caption], self.tokens)[0],
-            self.labels.of_crop(raw, box, crop) if self.labels else None,
-            frozenset(raw.content),
-            frozenset(raw.mentioned),
-            caption,
-        )
+        tokens = self.tokenize([caption], self.tokens)[0]
+        spent = (0.0, cropped - started, segmented - cropped, time.perf_counter() - segmented)
+        facts = Facts(frozenset(raw.content), frozenset(raw.mentioned), caption)
+        return Sample(pixels, tokens, labels, facts, seconds=spent)
+
+    def _locate(self, position: int) -> tuple[_Order, int]:
+        epoch, offset = divmod(position, len(self.source))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, _Order(self.source, self.seed, epoch)
+        return self._order, offset
+
+    def _prepare_at(self, order: _Order, index: int, position: int, damaged: tuple[Damage, ...]) -> Sample:
+        started = time.perf_counter()
+        raw = order.source[index]
+        read = time.perf_counter() - started
+        sample = self.prepare(raw, position)
+        spent = (read, *sample.seconds[1:])
+        return Sample(sample.pixels, sample.tokens, sample.superpixels, sample.facts, damaged, spent)
+
+
+class _Order:
+    """The order of one epoch. A mixture brings its own."""
+
+    def __init__(self, source: ImageTextSource, seed: int, epoch: int) -> None:
+        self.source = source.at_epoch(epoch) if isinstance(source, Mixture) else source
+        self._at: np.ndarray | Permutation | None = None
+        if isinstance(source, Mixture):
+            return
+        if len(source) >= _LARGE:
+            self._at = Permutation(len(source), mix(seed, epoch))
+        else:
+            self._at = np.random.default_rng([seed, epoch]).permutation(len(source))
+
+    def index(self, offset: int) -> int:
+        """The sample at an offset from the epoch's beginning."""
+        if self._at is None:
+            return offset
+        return self._at(offset) if isinstance(self._at, Permutation) else int(self._at[offset])
 
 
 def collate(samples: list[Sample]) -> LoadedBatch:
-    """Stack samples and find which captions also hold for which images."""
+    """Stack samples."""
     labels = [sample.superpixels for sample in samples if sample.superpixels is not None]
     return LoadedBatch(
         torch.stack([sample.pixels for sample in samples]),
         torch.stack([sample.tokens for sample in samples]),
         torch.stack(labels) if labels else None,
-        caption_holds(samples),
+        tuple(sample.facts for sample in samples),
+        tuple(damage for sample in samples for damage in sample.damaged),
+        tuple(sum(spent) for spent in zip(*(sample.seconds for sample in samples), strict=True)),
     )
 
 
-def caption_holds(samples: list[Sample]) -> Tensor:
-    """(B, B) bool: caption j equals caption i, or names only concepts that image i is known to contain."""
-    names = sorted({name for sample in samples for name in sample.content | sample.mentioned})
+def caption_holds(images: Sequence[Facts], captions: Sequence[Facts]) -> Tensor:
+    """Which captions are known to hold for which images.
+
+    Args:
+        images: B pairs.
+        captions: C pairs.
+
+    Returns:
+        (B, C) bool: caption j equals that of image i, or names only concepts that image i is known to
+        contain.
+    """
+    names = sorted({name for pair in (*images, *captions) for name in pair.content | pair.mentioned})
     column = {name: index for index, name in enumerate(names)}
-    captions: dict[str, int] = {}
-    content = np.zeros((len(samples), len(names)), dtype=np.int32)
-    mentioned = np.zeros_like(content)
-    texts = np.empty(len(samples), dtype=np.int64)
-    for row, sample in enumerate(samples):
-        content[row, [column[name] for name in sample.content]] = 1
-        mentioned[row, [column[name] for name in sample.mentioned]] = 1
-        texts[row] = captions.setdefault(sample.caption, len(captions))
+    content = np.zeros((len(images), len(names)), dtype=np.int32)
+    mentioned = np.zeros((len(captions), len(names)), dtype=np.int32)
+    for row, pair in enumerate(images):
+        content[row, [column[name] for name in pair.content]] = 1
+    for row, pair in enumerate(captions):
+        mentioned[row, [column[name] for name in pair.mentioned]] = 1
+    numbers: dict[str, int] = {}
+    own, texts = (
+        np.array([numbers.setdefault(pair.caption, len(numbers)) for pair in pairs], dtype=np.int64)
+        for pairs in (images, captions)
+    )
     named = mentioned.sum(axis=1)
     contained = (content @ mentioned.T == named) & (named > 0)
-    return torch.from_numpy(contained | (texts[:, None] == texts))
+    return torch.from_numpy(contained | (texts == own[:, None]))
 
 
-def batches(
-    dataset: PairDataset, batch_size: int, start: int, stop: int, pin: bool = False
-) -> Iterator[LoadedBatch]:
-    """The batches of steps `start` to `stop` - 1, prepared by the configured number of workers."""
+class Positions:
+    """The positions that a process takes: of every step's share a block of its own (a sampler).
+
+    Args:
+        first: position of the first step.
+        steps: number of steps.
+        share: samples of one process and step.
+        rank: number of the process.
+        world: number of processes.
+    """
+
+    def __init__(self, first: int, steps: int, share: int, rank: int = 0, world: int = 1) -> None:
+        self.first, self.steps, self.share, self.rank, self.world = first, steps, share, rank, world
+
+    def __len__(self) -> int:
+        return self.steps * self.share
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.steps):
+            yield from self.of(step)
+
+    def of(self, step: int) -> range:
+        """The positions of a step, counted from 0."""
+        start = self.first + (step * self.world + self.rank) * self.share
+        return range(start, start + self.share)
+
+
+def batches(dataset: PairDataset, positions: Positions, pin: bool = False) -> Iterator[LoadedBatch]:
+    """One batch of `positions.share` samples per step, prepared by the configured number of workers."""
     workers = dataset.data.workers
     loader = DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=range(start * batch_size, stop * batch_size),
+        batch_size=positions.share,
+        sampler=positions,
         num_workers=workers,
         collate_fn=collate,
         prefetch_factor=4 if workers else None,

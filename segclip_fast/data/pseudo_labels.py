@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Protocol
 
 import numpy as np
@@ -81,12 +82,22 @@ class StoredMasks:
 
 
 def make_segmenter(config: SuperpixelConfig) -> Segmenter:
-    """The segmenter that `config` names."""
+    """The segmenter that `config` names; with `config.cache` one that keeps its label maps there."""
     if config.kind == "stored":
         return StoredMasks()
     if config.kind == "slic":
-        return Slic(config.segments, config.compactness)
-    return Felzenszwalb(config.scale, config.sigma, config.min_size, config.precision)
+        slic = Slic(config.segments, config.compactness)
+        return _cached(slic, config.cache, f"{slic} of scikit-image {version('scikit-image')}")
+    graph = Felzenszwalb(config.scale, config.sigma, config.min_size, config.precision)
+    return _cached(graph, config.cache, str(graph))
+
+
+def _cached(segmenter: Segmenter, folder: str, settings_key: str) -> Segmenter:
+    if not folder:
+        return segmenter
+    from .superpixel_cache import CachedSegmenter
+
+    return CachedSegmenter(segmenter, folder, settings_key)
 
 
 class PatchLabels:

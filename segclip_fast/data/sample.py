@@ -1,4 +1,4 @@
-"""What a data source yields: one image, its caption, and what is known about both."""
+"""What a data source yields: one image, its caption, and what is known about both; or why it cannot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from typing import Protocol
 import numpy as np
 
 IGNORE_LABEL = 255
+
+
+class SampleError(ValueError):
+    """One sample cannot be used, its source can: a training loop may count it and go on.
+
+    Attributes:
+        key: which sample.
+        reason: why.
+    """
+
+    # PyTorch rebuilds an exception of a loader worker from one string, hence the default.
+    def __init__(self, key: str, reason: str = "") -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}" if self.reason else self.key
 
 
 @dataclass(frozen=True)

@@ -23,29 +23,13 @@ from PIL import Image, UnidentifiedImageError
 from .._checks import require
 from .images import _DECODE_ERRORS, load_image
 from .sample import RawSample
+from .sample import SampleError as SampleError
 from .shard_index import checked_index, load_or_make_index, matching_shards
 
 MAX_PIXELS = 64_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _OPEN_SHARDS = 128  # descriptors a process keeps; the usual limit is 1024
 _log = logging.getLogger("segclip_fast")
-
-
-class SampleError(ValueError):
-    """One sample cannot be used, its source can: a training loop may count it and go on.
-
-    Attributes:
-        key: which sample.
-        reason: why.
-    """
-
-    # PyTorch rebuilds an exception of a loader worker from one string, hence the default.
-    def __init__(self, key: str, reason: str = "") -> None:
-        super().__init__(key, reason)
-        self.key, self.reason = key, reason
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.reason}" if self.reason else self.key
 
 
 class ShardSource:

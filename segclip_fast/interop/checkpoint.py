@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,8 +78,12 @@ def read_config(path: Path) -> tuple[SegCLIPConfig, LossConfig]:
     )
 
 
-def save(model: SegCLIP, folder: Path, *, overwrite: bool = False) -> None:
+def save(
+    model: SegCLIP, folder: Path, *, overwrite: bool = False, values: Mapping[str, Tensor] | None = None
+) -> None:
     """Write config.json and model.safetensors into `folder`, each whole or not at all.
+
+    `values` are the model's tensors by name where it does not hold them whole itself.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already and `overwrite` is False.
@@ -91,7 +96,8 @@ def save(model: SegCLIP, folder: Path, *, overwrite: bool = False) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "version": 1, "model": to_dict(model.config), "loss": to_dict(model.loss)}
-    values = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_whole(folder / WEIGHTS, lambda path: save_file(values, path))
+    given = model.state_dict() if values is None else values
+    tensors = {name: value.detach().cpu().contiguous() for name, value in given.items()}
+    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path))
     write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     sync_folder(folder)

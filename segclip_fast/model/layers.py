@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, L centers, D width, H heads.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from ..config import Activation
 from ..ops import attention, linear
-from ..ops._dispatch import literal
+from ..ops._dispatch import force, literal, requested
 
 # Who attends to whom: queries, keys and values (..., N, H, D / H) -> (..., N, H, D / H).
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -137,7 +139,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.
+
+    Attributes:
+        checkpointed: keep no activations for the backward pass, compute them again there.
+    """
+
+    checkpointed = False
 
     def __init__(
         self,
@@ -155,8 +163,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend = attention) -> Tensor:
         """(..., N, D) -> (..., N, D)."""
+        if self.checkpointed and torch.is_grad_enabled():
+            return recomputed(self._run, x, attend)
+        return self._run(x, attend)
+
+    def _run(self, x: Tensor, attend: Attend) -> Tensor:
         x = x + self.attention(self.norm1(x), attend)
         return x + self.mlp(self.norm2(x))
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, whose intermediate results the backward pass computes again."""
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random inside
+    backend = requested()
+    if backend != "auto":  # the backward pass is outside of the block that asked for it
+        options["context_fn"] = lambda: (contextlib.nullcontext(), force(backend))
+    return checkpoint(function, *arguments, **options)
 
 
 class CrossBlock(nn.Module):

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,48 +43,103 @@ class Place:
 
 
 @contextlib.contextmanager
-def process_group(backend: str | None = None, timeout: float = 600.0) -> Iterator[Place]:
+def process_group(
+    backend: str | None = None, timeout: float = 600.0, device: str | None = None
+) -> Iterator[Place]:
     """The process group that torchrun describes in the environment, for the time of the block.
 
-    Without torchrun there is one process and no group; everything in this module works there as well.
+    Without torchrun there is one process and no group; everything in this module works there as well. A group
+    that exists already is taken as it is, and left.
 
     Args:
-        backend: "nccl" (CUDA) or "gloo" (CPU); None takes CUDA where it works.
+        backend: "nccl" (CUDA) or "gloo"; None takes the one of the device.
         timeout: seconds after which a rank that waits in vain for another one fails.
+        device: "cuda" or "cpu"; None takes the one of the backend, or CUDA where it works.
 
     Yields:
         The place of this process.
 
     Raises:
-        ValueError: unknown backend, or more processes on this machine than GPUs.
+        ValueError: unknown backend, nccl on a CPU, or more processes on this machine than GPUs.
+        OSError: the port of the rendezvous is in use.
     """
     if backend not in (None, "nccl", "gloo"):
         raise ValueError(f"backend: expected 'nccl' or 'gloo', got {backend!r}")
-    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    cuda = backend == "nccl" or (backend is None and torch.cuda.is_available())
+    device = device or ("cuda" if cuda else "cpu")
+    backend = backend or ("nccl" if device == "cuda" else "gloo")
+    if backend == "nccl" and device != "cuda":
+        raise ValueError(f"backend: expected 'gloo' on device {device!r}, got 'nccl'")
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if backend == "nccl":
+    own = torch.device("cpu")
+    if device == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(f"LOCAL_RANK: expected below {torch.cuda.device_count()} GPUs, got {local}")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        own = torch.device("cuda", local)
+        torch.cuda.set_device(own)
     if "WORLD_SIZE" not in os.environ:
-        yield Place(0, 1, local, device)
+        yield Place(0, 1, local, own)
         return
-    dist.init_process_group(
-        backend,
-        timeout=datetime.timedelta(seconds=timeout),
-        device_id=device if backend == "nccl" else None,
-    )
+    if dist.is_initialized():  # to make one twice under the same torchrun is a race for the store's keys
+        yield Place(dist.get_rank(), dist.get_world_size(), local, own)
+        return
+    _initialise(backend, timeout, own)
     try:
-        yield Place(dist.get_rank(), dist.get_world_size(), local, device)
+        yield Place(dist.get_rank(), dist.get_world_size(), local, own)
         dist.barrier()  # no rank leaves while another still talks
+    except SystemExit:  # all of them leave, by agreement
+        dist.barrier()
+        raise
     finally:
         dist.destroy_process_group()
 
 
-def _world() -> int:
+def _initialise(backend: str, timeout: float, device: torch.device) -> None:
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=datetime.timedelta(seconds=timeout),
+            device_id=device if backend == "nccl" else None,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        advice = "another run has it: torchrun --master-port takes another, --standalone finds a free one"
+        raise OSError(f"MASTER_PORT: expected a free port, got {port}; {advice}") from error
+
+
+def world() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def own_rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+class Timer:
+    """Seconds that this process has spent in collectives of its own; on a GPU they run beside the host.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Add the time of the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+communication = Timer()
 
 
 # --- features of all processes
@@ -104,7 +160,7 @@ def gather_features(x: Tensor, *, check: bool = True) -> Tensor:
     """
     if x.ndim != 2:
         raise ValueError(f"x: expected (B, E), got {tuple(x.shape)}")
-    if _world() == 1:
+    if world() == 1:
         return x
     if check:
         _same_everywhere(x)
@@ -113,7 +169,7 @@ def gather_features(x: Tensor, *, check: bool = True) -> Tensor:
 
 def _same_everywhere(x: Tensor) -> None:
     mine = torch.tensor([*x.shape, x.element_size()], device=x.device)
-    found = [torch.empty_like(mine) for _ in range(_world())]
+    found = [torch.empty_like(mine) for _ in range(world())]
     dist.all_gather(found, mine)
     shapes = [tuple(shape.tolist()) for shape in found]
     if len(set(shapes)) > 1:
@@ -126,15 +182,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gathered = x.new_empty((_world() * x.shape[0], x.shape[1]))
-        dist.all_gather_into_tensor(gathered, x.contiguous())
+        gathered = x.new_empty((world() * x.shape[0], x.shape[1]))
+        with communication.running():
+            dist.all_gather_into_tensor(gathered, x.contiguous())
         return gathered
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_gathered: Tensor) -> Tensor:
-        d_x = d_gathered.new_empty((d_gathered.shape[0] // _world(), d_gathered.shape[1]))
-        dist.reduce_scatter_tensor(d_x, d_gathered.contiguous())
+        d_x = d_gathered.new_empty((d_gathered.shape[0] // world(), d_gathered.shape[1]))
+        with communication.running():
+            dist.reduce_scatter_tensor(d_x, d_gathered.contiguous())
         return d_x
 
 
@@ -165,7 +223,7 @@ def contrastive_global(
             f"image, text: expected two equal (B, E) shapes, got {tuple(image.shape)} and {tuple(text.shape)}"
         )
     B, E = image.shape
-    rank = dist.get_rank() if _world() > 1 else 0
+    rank = own_rank()
     with torch.autocast(image.device.type, enabled=False):
         image, text = _unit(image), _unit(text)
         pairs = gather_features(torch.cat([image, text], dim=1), check=check)  # (W B, 2 E)
@@ -189,7 +247,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _held_by_others(holds: Tensor, B: int) -> Tensor:
     """(B, W B): own caption i also holds for image j of the joined batch; `holds` transposed across ranks."""
-    W = _world()
+    W = world()
     if holds.dtype != torch.bool or holds.shape != (B, W * B):
         raise ValueError(f"holds: expected ({B}, {W * B}) bool, got {tuple(holds.shape)} {holds.dtype}")
     if W == 1:
@@ -205,21 +263,29 @@ def _held_by_others(holds: Tensor, B: int) -> Tensor:
 
 def agree(flag: bool, device: torch.device) -> bool:
     """Whether any rank says `flag`: what one must not do alone, such as skipping a step, all then do."""
-    if _world() == 1:
+    if world() == 1:
         return flag
     votes = torch.tensor(int(flag), dtype=torch.int32, device=device)
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise sum over the ranks, in place."""
+    if world() > 1:
+        with communication.running():
+            dist.all_reduce(values)
+    return values
+
+
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace gradients by their mean over the ranks, for parameters that no wrapper takes care of."""
-    if _world() == 1:
+    if world() == 1:
         return
     for parameter in parameters:
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
-            parameter.grad.div_(_world())
+            parameter.grad.div_(world())
 
 
 def seed_for(seed: int, rank: int) -> int:

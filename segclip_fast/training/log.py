@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..interop.files import write_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .reporters import Reporter
 
 FILE = "log.jsonl"
 
@@ -35,17 +41,31 @@ class RunLog:
         start: finished steps to continue from; lines of later steps are dropped.
         steps: steps of the whole run.
         quiet: no progress bar.
+        active: False for a process that writes nothing (all but the first).
+        reporters: where scalars and pictures go besides.
     """
 
-    def __init__(self, run: Path, start: int, steps: int, quiet: bool = False) -> None:
-        kept = [json.dumps(entry) + "\n" for entry in read_log(run, None) if entry["step"] <= start]
-        write_whole(run / FILE, lambda path: path.write_text("".join(kept)))
-        self.file = (run / FILE).open("a")
+    def __init__(
+        self,
+        run: Path,
+        start: int,
+        steps: int,
+        quiet: bool = False,
+        active: bool = True,
+        reporters: Sequence[Reporter] = (),
+    ) -> None:
+        self.file: TextIO | None = None
+        self.reporters = reporters
+        if active:
+            kept = [json.dumps(entry) + "\n" for entry in read_log(run, None) if entry["step"] <= start]
+            write_whole(run / FILE, lambda path: path.write_text("".join(kept)))
+            self.file = (run / FILE).open("a")
         interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds; a log file wants few lines
         from tqdm import tqdm
 
+        hidden = quiet or not active
         self.bar = tqdm(
-            total=steps, initial=start, disable=quiet, dynamic_ncols=True, unit="step", mininterval=interval
+            total=steps, initial=start, disable=hidden, dynamic_ncols=True, unit="step", mininterval=interval
         )
 
     def __enter__(self) -> RunLog:
@@ -55,21 +75,45 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
-        self.file.close()
+        for reporter in self.reporters:
+            reporter.close()
+        if self.file is not None:
+            self.file.close()
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """One finished step: losses, rates, gradient norm, images per second."""
-        self._write({"event": "step", "step": step, **values})
+        """One finished step: losses, rates, gradient norm, pairs per second, waiting, memory."""
+        self.event("step", step, values)
+        self._report(step, {name: value for name, value in values.items() if isinstance(value, float)})
         shown = {"total": "loss", "contrastive": "con", "reconstruction": "rec", "superpixel_kl": "kl"}
-        losses = {short: f"{values[name]:.4f}" for name, short in shown.items() if name in values}
-        self.bar.set_postfix({**losses, "img/s": f"{values['images_per_second']:.0f}"}, refresh=False)
+        postfix = {short: f"{values[name]:.4f}" for name, short in shown.items() if name in values}
+        postfix["img/s"] = f"{values['images_per_second']:.0f}"
+        postfix["wait"] = f"{values['data_seconds'] / values['step_seconds']:.0%}"
+        postfix["mem"] = f"{values['memory_gb']:.1f}G"
+        self.bar.set_postfix(postfix, refresh=False)
         self.bar.update()
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """One zero-shot evaluation."""
-        self._write({"event": "evaluation", "step": step, **values})
-        self.bar.write(f"step {step}: mIoU {values['miou']:.4f} on {values['images']} held-out images")
+        self.event("evaluation", step, values)
+        self._report(step, {f"evaluation/{name}": float(value) for name, value in values.items()})
+        self.say(f"step {step}: mIoU {values['miou']:.4f} on {values['images']} held-out images")
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """A picture (H, W, 3) uint8 for the reporters."""
+        for reporter in self.reporters:
+            reporter.picture(step, name, picture)
+
+    def event(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """One line of the log."""
+        if self.file is not None:
+            self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            self.file.flush()
+
+    def say(self, text: str) -> None:
+        """Print above the progress bar."""
+        if not self.bar.disable:
+            self.bar.write(text, file=sys.stderr)
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        for reporter in self.reporters:
+            reporter.scalars(step, values)

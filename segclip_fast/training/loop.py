@@ -1,303 +1,283 @@
-"""The training run, readable top to bottom (paper Section 3.1).
+"""The training run, readable top to bottom (paper Section 3.1), on one process or on those of torchrun.
 
-Everything random is a function of (seed, step): initial values, data order, crops and noise. A resumed run
-therefore repeats the uninterrupted one bit for bit on the CPU. SIGTERM ends a run after the current step,
+Everything random is a function of (seed, step, rank): initial values, data order, crops and noise. A resumed
+run therefore repeats the uninterrupted one bit for bit on the CPU. SIGTERM ends a run after the current step,
 with a checkpoint of it.
 """
 
 from __future__ import annotations
 
-import json
+import gc
 import math
-import os
-import shutil
+import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
-from ..config import SegCLIPConfig, TrainConfig, to_dict
-from ..data.pipeline import PairDataset, batches, make_held_out, make_source
-from ..data.pseudo_labels import PatchLabels, labels_on_device
-from ..data.sample import ImageTextSource
-from ..interop.checkpoint import load as load_model
-from ..interop.files import write_whole
+from ..config import TrainConfig
+from ..data.pipeline import Damage, LoadedBatch, Positions, batches, caption_holds, collate
+from ..data.pseudo_labels import PatchLabels
+from ..interop.checkpoint import save as save_model
 from ..losses import Losses
 from ..model.segclip import SegCLIP
-from . import checkpoint
+from . import checkpoint, throughput
+from .accumulation import MicroBatch, accumulate, split
+from .agreement import everywhere, gather_objects, on_first
+from .distributed import Place, communication, contrastive_global, seed_for, sum_over_ranks
 from .log import FILE as LOG
-from .log import RunLog, read_log
-from .optim import apply_step, build_optimizer
+from .log import read_log
+from .optim import apply_step, trained
+from .parallel import finish_gradients, gradient_norm, whole_state
 from .prefetch import Batch, Prefetcher
+from .preparing import Run, prepare, processes
+from .run_folder import FINAL
 from .stopping import Stopping
-
-CONFIG, FINAL = "train.json", "model"
-# Settings that may differ between the first start of a run and its continuation.
-FREE_ON_RESUME = (
-    "output",
-    "device",
-    "data.superpixels.where",  # the labels are the same
-    "eval_every",
-    "eval_images",
-    "save_every",
-    "keep",
-    "max_skipped",
-    "resume",
-    "overwrite",
-    "quiet",
-)
 
 
 def train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None = None) -> SegCLIP:
     """Train as `config` says; returns the trained model, which also lies in OUTPUT/model.
 
+    Under torchrun every process calls it, and rank 0 writes. With `config.fsdp` the returned model is
+    sharded.
+
     Args:
         config: the run.
-        on_step: called after every step with its number (from 1) and its losses.
+        on_step: called after every step with its number (from 1) and its losses on this process.
 
     Raises:
-        ValueError: settings that do not fit together, or a resumed run whose settings differ.
+        ValueError: settings that do not fit together, a resumed run whose settings differ, or too many
+            damaged samples.
         FileNotFoundError: the data are not where the settings say.
         NotImplementedError: superpixels asked for on a device that cannot make them.
         FileExistsError: the output folder is not empty and neither resume nor overwrite is set.
         FloatingPointError: `config.max_skipped` steps in a row without a finite loss and gradient.
+        ImportError: `config.report_to` names a package that is not installed.
         OSError: a checkpoint could not be written, as on a full disk; the previous one is intact.
         SystemExit: code 0, after SIGTERM: the current step is finished and saved. Only where this runs in the
             main thread; the handler that was there before is back when this returns.
     """
-    with (
-        Stopping() as stopping
-    ):  # from the beginning: threads that are made from here on hold SIGTERM back too
-        return _train(config, on_step, stopping)
-
-
-def _train(config: TrainConfig, on_step: Callable[[int, Losses], None] | None, stopping: Stopping) -> SegCLIP:
-    device = choose_device(config.device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE: expected 1 process, got {os.environ['WORLD_SIZE']}")
-    torch.manual_seed(config.seed)
-    model = initial_model(config)
-    superpixels = config.data.superpixels
-    in_workers = not labels_on_device(superpixels, device)
-    source = make_source(config.data, model.config)
-    dataset = PairDataset(source, config.data, model.config, config.seed, superpixels=in_workers)
-    held_out = make_held_out(config.data, model.config, config.eval_images)
-
-    run = Path(config.output)
-    prepare_folder(run, config)
-    model.to(device).train()
-    optimizer = build_optimizer(model, config.optim)
-    start = checkpoint.resume(run, model, optimizer) if config.resume else 0
-
-    with RunLog(run, start, config.steps, config.quiet) as log:
-
-        def evaluate_if_due(step: int) -> None:
-            due = step == config.steps or (config.eval_every and step % config.eval_every == 0)
-            if due and held_out is not None:
-                values = evaluate(model, held_out)
-                log.evaluation(step, values)
-                checkpoint.save_if_best(run, step, values["miou"], model, optimizer, config)
-
-        if start and not any(entry["step"] == start for entry in read_log(run, "evaluation")):
-            evaluate_if_due(start)  # the run stopped between saving and evaluating
-        pin = device.type == "cuda"
-        loader = stopping.guard(lambda: batches(dataset, config.batch_size, start, config.steps, pin))
-        stream = Prefetcher(loader, device, PatchLabels(superpixels, model.config.vision.patch_size))
-        skipped = 0
-        for step in range(start + 1, config.steps + 1):
-            try:
-                losses, values = take_step(model, optimizer, stream, config, step)
-            except StopIteration:  # SIGTERM took the loader's workers before this step had its batch
-                _stop(run, step - 1, model, optimizer, config)
-            log.step(step, values)
-            skipped = skipped + 1 if values["skipped"] else 0
-            if skipped >= config.max_skipped:
-                raise FloatingPointError(_given_up(run, step, skipped))
-            if on_step is not None:
-                on_step(step, losses)
-            if stopping.asked():
-                _stop(run, step, model, optimizer, config)
-            if step % config.save_every == 0 or step == config.steps:
-                checkpoint.save(run, step, model, optimizer, config)
-            evaluate_if_due(step)
-    model.eval()
-    model.save_pretrained(run / FINAL, overwrite=True)
+    # Stopping comes first: threads that are made from here on hold SIGTERM back too.
+    with Stopping() as stopping, processes(config) as place:
+        model = _train(config, place, stopping, on_step)
+        gc.collect()  # DDP's reducer must not outlive the process group: gloo may then wait for ever
     return model
 
 
-def _stop(
-    run: Path, step: int, model: SegCLIP, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> NoReturn:
+def _train(
+    config: TrainConfig, place: Place, stopping: Stopping, on_step: Callable[[int, Losses], None] | None
+) -> SegCLIP:
+    run = prepare(config, place)
+    with run.log:
+        _steps(run, stopping, on_step)
+    save_final(run)
+    return run.model.eval()
+
+
+# --- the steps
+
+
+def _steps(run: Run, stopping: Stopping, on_step: Callable[[int, Losses], None] | None) -> None:
+    config, log, start = run.config, run.log, run.progress.step
+    if start and not on_first(lambda: any(e["step"] == start for e in read_log(run.path, "evaluation"))):
+        evaluate_if_due(run, start)  # the run stopped between saving and evaluating
+    stream = start_stream(run, stopping)
+    times = throughput.Throughput(config.batch_size * config.accum_freq, run.place.world, config.data.workers)
+    skipped = 0
+    for number in range(start + 1, run.steps + 1):
+        taken = take_step(run, stream, times, number, stopping.asked)
+        log.step(number, taken.values)
+        note_damage(run, number, taken)
+        skipped = skipped + 1 if taken.values["skipped"] else 0
+        if skipped >= config.max_skipped:
+            raise everywhere(FloatingPointError(_given_up(run, number, skipped)))
+        if on_step is not None:
+            on_step(number, taken.losses)
+        if taken.stop or (run.place.world == 1 and stopping.asked()):
+            _stop(run, number)
+        if number % config.save_every == 0 or number == run.steps:
+            run.save(number)
+        evaluate_if_due(run, number)
+    finish_log(run, times)
+
+
+def start_stream(run: Run, stopping: Stopping) -> Prefetcher:
+    """The batches of this process from the next step on."""
+    config, place, device = run.config, run.place, run.place.device
+    share = config.batch_size * config.accum_freq
+    left = run.steps - run.progress.step
+    positions = Positions(run.progress.position, left, share, place.rank, place.world)
+
+    def again(number: int) -> LoadedBatch:
+        return collate([run.dataset[position] for position in positions.of(number)])
+
+    pin = device.type == "cuda"
+    loader = stopping.guard(lambda: batches(run.dataset, positions, pin), again)
+    return Prefetcher(loader, device, PatchLabels(config.data.superpixels, run.model.patch_size))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A finished step: losses of this process, what the log says, samples left out, whether to stop."""
+
+    losses: Losses
+    values: dict[str, Any]
+    damaged: list[Damage]
+    stop: bool
+
+
+def take_step(
+    run: Run, stream: Prefetcher, times: throughput.Throughput, number: int, asked: Callable[[], bool]
+) -> Taken:
+    """Step `number` (from 1): next batch, losses, gradients, update.
+
+    Without a finite loss and gradient norm on any rank, all leave the update out; the log then names the
+    samples of the step. If one rank is `asked` to stop, all are told.
+    """
+    config, optimizer = run.config, run.optimizer
+    start, waited, communicated = time.perf_counter(), stream.seconds, communication.seconds
+    batch = next(stream)
+    losses = losses_and_gradients(run, batch, number)
+    stream.prefetch()  # while the device is busy with the gradients
+    finish_gradients(run.step)
+    norm = gradient_norm(trained(optimizer))
+    terms = losses.named()
+    mine = torch.stack([*terms.values(), *norm.new_tensor([len(batch.loaded.damaged), asked()])]).double()
+    found, size = sum_over_ranks(mine).tolist(), norm.item()
+    means = {name: value / run.place.world for name, value in zip(terms, found, strict=False)}
+    means = {name: value for name, value in means.items() if math.isfinite(value)}
+    finite = math.isfinite(size) and len(means) == len(terms)
+    if finite:
+        apply_step(run.model, optimizer, config.optim, number, run.steps, norm)
+    else:
+        optimizer.zero_grad(set_to_none=True)
+    damaged = list(batch.loaded.damaged)
+    if found[-2]:  # any rank's
+        damaged = [one for part in gather_objects(damaged) for one in part]
+    seconds = time.perf_counter() - start
+    spent = seconds, stream.seconds - waited, communication.seconds - communicated
+    times.add(*spent, batch.loaded.seconds)
+    values = {
+        **means,
+        "skipped": not finite,
+        **({} if finite else _samples_of(run, number)),
+        "gradient_norm": size if math.isfinite(size) else None,
+        **rates(run),
+        "images_per_second": run.batch / seconds,
+        **dict(zip(("step_seconds", "data_seconds", "communication_seconds"), spent, strict=True)),
+        "memory_gb": memory(run.place.device) / 1e9,
+    }
+    return Taken(losses, values, damaged, bool(found[-1]))
+
+
+def losses_and_gradients(run: Run, batch: Batch, number: int) -> Losses:
+    """The losses of one batch with the noise of this step and rank; adds the gradients to the parameters."""
+    config, model, device = run.config, run.model, run.place.device
+    seed = seed_for(config.seed, run.place.rank)
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
+    noise = model.draw_noise(batch.images, generator)
+    parts = [MicroBatch(batch.images, batch.tokens, batch.superpixels, noise)]
+    if config.accum_freq > 1:
+        whole = batch.images, batch.tokens, batch.superpixels, noise
+        parts = split(model, *whole, config.batch_size)
+    holds = None
+    if model.loss.mask_false_negatives:
+        own = batch.loaded.facts
+        everyone = [pair for part in gather_objects(own) for pair in part]
+        holds = caption_holds(own, everyone).to(device)
+    contrast = partial(contrastive_global, holds=holds, check=False)  # shapes: the same on every rank
+    bf16 = config.precision_on(device.type) == "amp_bf16"
+    return accumulate(run.step, parts, contrast, partial(torch.autocast, device.type, torch.bfloat16, bf16))
+
+
+def rates(run: Run) -> dict[str, float]:
+    """What the log says of the optimizer's state."""
+    found = [group["lr"] for group in run.optimizer.param_groups]
+    return {"lr": max(found), "lower_lr": min(found), "logit_scale": run.model.logit_scale.item()}
+
+
+def memory(device: torch.device) -> float:
+    """The most bytes in use so far: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _samples_of(run: Run, number: int) -> dict[str, Any]:
+    """Positions and names of the samples of a step, on all ranks."""
+    first = run.position(number - 1)
+    names = [run.dataset.name(position) for position in range(first, first + run.batch)]
+    return {"positions": [first, first + run.batch - 1], "samples": names}
+
+
+# --- between the steps
+
+
+def evaluate_if_due(run: Run, step: int) -> None:
+    """Zero-shot evaluation and pictures, where they are due after `step`; the best checkpoint is kept."""
+    config = run.config
+    if step != run.steps and not (config.eval_every and step % config.eval_every == 0):
+        return
+    values = run.evaluating.evaluate(run.model)
+    if values is not None:
+        run.log.evaluation(step, values)
+        position = run.position(step)
+        checkpoint.save_if_best(run.path, step, values["miou"], run.model, run.optimizer, config, position)
+    picture = run.evaluating.draw(run.model, run.path, step, run.place.rank == 0)
+    if picture is not None:
+        run.log.picture(step, "samples", picture)
+
+
+def note_damage(run: Run, step: int, taken: Taken) -> None:
+    """Log the samples that were left out; too many stop the run, on every rank."""
+    for damage in run.damaged.add(taken.damaged):
+        run.log.event("damaged", step, damage._asdict())
+    if taken.damaged:
+        try:
+            run.damaged.check(run.position(step))
+        except ValueError as error:
+            raise everywhere(error) from None
+
+
+def finish_log(run: Run, times: throughput.Throughput) -> None:
+    """What the whole run was bound by, and what was left out."""
+    report = times.report(run.step)
+    if report:
+        run.log.event("throughput", run.steps, report)
+        run.log.say(throughput.describe(report))
+    if len(run.damaged):
+        run.log.event("damaged_samples", run.steps, run.damaged.summary())
+        run.log.say(f"left out {len(run.damaged)} damaged samples: {run.damaged.counts()}")
+
+
+def save_final(run: Run) -> None:
+    """Write OUTPUT/model."""
+    values = whole_state(run.model)
+    on_first(lambda: save_model(run.model, run.path / FINAL, overwrite=True, values=values))
+
+
+def _stop(run: Run, step: int) -> NoReturn:
     """Save `step` finished steps and leave."""
-    checkpoint.save(run, step, model, optimizer, config)
-    place = run / checkpoint.FOLDER
-    print(
-        f"stopped by SIGTERM: step {step} of {config.steps} is saved in {place}, --resume continues",
-        file=sys.stderr,
-    )
+    run.save(step)
+    if run.place.rank == 0:
+        place = run.path / checkpoint.FOLDER
+        print(
+            f"stopped by SIGTERM: step {step} of {run.steps} is saved in {place}, --resume continues",
+            file=sys.stderr,
+        )
     raise SystemExit(0)
 
 
-def _given_up(run: Path, step: int, skipped: int) -> str:
-    newest = [saved.path.name for saved in checkpoint.find(run)][-1:]
+def _given_up(run: Run, step: int, skipped: int) -> str:
+    newest = on_first(lambda: [saved.path.name for saved in checkpoint.find(run.path)][-1:])
     kept = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
     return (
         f"steps {step - skipped + 1} to {step}, {skipped} in a row, had no finite loss or gradient and were "
         f"skipped; {kept}. Try a lower optim.lr, a longer optim.warmup or precision fp32, and look at the "
-        f"samples of these steps, whose positions are in {run / LOG}"
+        f"samples of these steps, which {run.path / LOG} names"
     )
-
-
-def take_step(
-    model: SegCLIP,
-    optimizer: torch.optim.Optimizer,
-    stream: Prefetcher,
-    config: TrainConfig,
-    step: int,
-) -> tuple[Losses, dict[str, Any]]:
-    """Step `step` (from 1): next batch, losses, gradients, update.
-
-    Without a finite loss and gradient norm the update is left out; the log then names the positions of the
-    batch's samples in the stream of epochs (see `PairDataset`).
-
-    Returns:
-        The losses, and what the log says of the step.
-    """
-    start, waited = time.perf_counter(), stream.seconds
-    batch = next(stream)
-    losses = forward(model, batch, config, step)
-    finite = bool(torch.isfinite(losses.total))
-    norm = None
-    if finite:
-        losses.total.backward()
-        stream.prefetch()  # while the device is busy with the gradients
-        norm = apply_step(model, optimizer, config.optim, step, config.steps)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    position = (step - 1) * config.batch_size
-    return losses, {
-        **({name: value.item() for name, value in losses.named().items()} if finite else {}),
-        "skipped": norm is None,
-        **({"positions": [position, position + config.batch_size - 1]} if norm is None else {}),
-        "gradient_norm": norm,
-        "lr": max(rates),
-        "lower_lr": min(rates),
-        "logit_scale": model.logit_scale.item(),
-        "images_per_second": config.batch_size / (time.perf_counter() - start),
-        "data_seconds": stream.seconds - waited,
-    }
-
-
-def forward(model: SegCLIP, batch: Batch, config: TrainConfig, step: int) -> Losses:
-    """The losses of one batch, with the noise of this step."""
-    device = batch.images.device
-    generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return model(batch.images, batch.tokens, batch.superpixels, holds=batch.holds, generator=generator)
-
-
-def evaluate(model: SegCLIP, source: ImageTextSource) -> dict[str, float | int]:
-    """Zero-shot quality on a source with masks; the training flag is left as it was."""
-    from ..evaluation.harness import evaluate_source
-
-    training = model.training
-    model.eval()
-    result = evaluate_source(model, source, batch_size=32)
-    model.train(training)
-    return {
-        "miou": result.miou,
-        "pixel_accuracy": result.pixel_accuracy,
-        "images": len(source),
-    }
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where it works, else the CPU.
-
-    Raises:
-        ValueError: CUDA asked for and not available.
-    """
-    available = torch.cuda.is_available()
-    if name.startswith("cuda") and not available:
-        raise ValueError(f"device: expected one that is available, got {name!r} without CUDA")
-    if name == "auto":
-        name = "cuda" if available else "cpu"
-    return torch.device(name)
-
-
-def initial_model(config: TrainConfig) -> SegCLIP:
-    """The model that a run starts from: fresh, a checkpoint's, or CLIP's towers.
-
-    Raises:
-        ValueError: the starting point has another architecture than the run.
-    """
-    kind, _, rest = config.init.partition(":")
-    if config.init == "scratch":
-        return SegCLIP(config.model, config.loss)
-    if kind == "clip":
-        name, _, pretrained = rest.partition(":")
-        return SegCLIP.from_clip(
-            name,
-            pretrained or None,
-            image_size=config.model.vision.image_size,
-            grouping=config.model.grouping,
-            reconstruction=config.model.reconstruction,
-            loss=config.loss,
-        )
-    model, values = load_model(SegCLIP, Path(config.init))
-    model.load_state_dict(values)
-    model.loss = config.loss
-    _same_architecture(model.config, config.model, config.init)
-    return model
-
-
-def _same_architecture(found: SegCLIPConfig, wanted: SegCLIPConfig, source: str) -> None:
-    different = _differences(to_dict(found), to_dict(wanted))
-    if different:
-        raise ValueError(f"init: expected the architecture of the run in {source}, got other {different}")
-
-
-def prepare_folder(run: Path, config: TrainConfig) -> None:
-    """Make the run folder, or check that it may be continued or replaced.
-
-    Raises:
-        FileExistsError: it is not empty and the config neither resumes nor overwrites.
-        ValueError: it is not a run folder, or the run to resume had other settings.
-    """
-    values = json.loads(json.dumps(to_dict(config)))
-    occupied = run.exists() and any(run.iterdir())
-    is_run = (run / CONFIG).is_file()
-    if occupied and not (config.resume or config.overwrite):
-        raise FileExistsError(
-            f"output: expected an empty folder, got {run} with files in it; "
-            "pass --resume to continue that run or --overwrite to replace it"
-        )
-    if occupied and not is_run:
-        raise ValueError(f"output: expected a run folder with {CONFIG}, got {run} with other files")
-    if occupied and config.resume:
-        different = _differences(json.loads((run / CONFIG).read_text()), values)
-        different = [name for name in different if not {name, name.split(".")[0]} & set(FREE_ON_RESUME)]
-        if different:
-            raise ValueError(f"resume: expected the settings of the run in {run}, got other {different}")
-        return
-    if occupied:
-        for part in (checkpoint.FOLDER, FINAL):
-            shutil.rmtree(run / part, ignore_errors=True)
-        (run / LOG).unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / CONFIG, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
-
-
-def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the settings in which two plain configs differ."""
-    found = []
-    for name in sorted(set(old) | set(new)):
-        a, b = old.get(name, math.nan), new.get(name, math.nan)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{name}.")
-        elif json.dumps(a) != json.dumps(b):
-            found.append(prefix + name)
-    return found

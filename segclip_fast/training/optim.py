@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import OptimConfig
 from ..losses import MAX_LOGIT_SCALE
@@ -34,12 +34,15 @@ def decays(name: str, parameter: nn.Parameter, rule: str) -> bool:
 
 
 def build_optimizer(model: SegCLIP, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; each of up to four groups carries `peak_lr` and `names`."""
-    groups: dict[tuple[bool, bool], dict] = {}
+    """AdamW over the trainable parameters; each group carries `peak_lr` and `names`.
+
+    Groups differ in rate and decay. The logit scale, a scalar that FSDP leaves whole, has one of its own.
+    """
+    groups: dict[tuple[bool, bool, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        key = (learns_slowly(name), decays(name, parameter, config.decay))
+        key = (learns_slowly(name), decays(name, parameter, config.decay), name == "logit_scale")
         if key not in groups:
             peak = config.lower_lr if key[0] else config.lr
             decay = config.weight_decay if key[1] else 0.0
@@ -65,20 +68,21 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 @torch.no_grad()
 def apply_step(
-    model: SegCLIP, optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int
-) -> float | None:
-    """Clip the gradients, step number `step` (from 1) of `steps`, clamp the logit scale.
-
-    Returns:
-        The gradient norm before clipping; None if it is not finite, and then the step was left out.
-    """
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(trained, config.clip))
-    if not math.isfinite(norm):
-        optimizer.zero_grad(set_to_none=True)
-        return None
+    model: SegCLIP,
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    step: int,
+    steps: int,
+    norm: Tensor,
+) -> None:
+    """Clip the gradients of () `norm`, take step number `step` (from 1) of `steps`, clamp the logit scale."""
+    nn.utils.clip_grads_with_norm_(trained(optimizer), config.clip, norm)
     set_rates(optimizer, schedule(step, steps, config.warmup))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-    return norm
+
+
+def trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that the optimizer changes."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

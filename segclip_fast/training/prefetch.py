@@ -26,13 +26,13 @@ class Batch:
         images: (B, 3, S, S) float32 on the device, normalised.
         tokens: (B, T) int64 on the host, where the model packs them.
         superpixels: (B, h, w) int64 patch labels on the device.
-        holds: (B, B) bool on the device, caption j is known to hold for image i.
+        loaded: the same batch as it came, with what is known of it.
     """
 
     images: Tensor
     tokens: Tensor
     superpixels: Tensor
-    holds: Tensor
+    loaded: LoadedBatch
 
 
 class Prefetcher:
@@ -71,7 +71,7 @@ class Prefetcher:
         if self.side is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.side)
-            for tensor in (batch.images, batch.superpixels, batch.holds):
+            for tensor in (batch.images, batch.superpixels):
                 tensor.record_stream(current)  # memory of the side stream, kept until this use is over
         self.seconds += time.perf_counter() - start
         return batch
@@ -99,5 +99,4 @@ class Prefetcher:
             superpixels = self.labels.of_batch(pixels)
         else:
             superpixels = loaded.superpixels.to(self.device, non_blocking=True)
-        holds = loaded.holds.to(self.device, non_blocking=True)
-        return Batch(standardise(pixels, *self.statistics), loaded.tokens, superpixels, holds)
+        return Batch(standardise(pixels, *self.statistics), loaded.tokens, superpixels, loaded)

@@ -55,16 +55,22 @@ class Stopping:
         with self._open():
             return self.requested
 
-    def guard(self, make: Callable[[], Iterator[LoadedBatch]]) -> Iterator[LoadedBatch]:
-        """The batches that `make` gives; they end where a SIGTERM to all processes took the workers.
+    def guard(
+        self, make: Callable[[], Iterator[LoadedBatch]], again: Callable[[int], LoadedBatch]
+    ) -> Iterator[LoadedBatch]:
+        """The batches that `make` gives; where a SIGTERM to all processes took the workers, `again` goes on.
 
         A dead worker raises in the main process (SIGCHLD). That is left out once SIGTERM has come, so that
-        the step at work can be saved.
+        every process can finish the step that the others are at.
+
+        Args:
+            make: starts the loader.
+            again: makes the batch of a number, from 0, in this process.
         """
         with self._open():  # workers inherit the mask, and are to die of SIGTERM
             batches = make()  # installs the loader's handler
         self._install(signal.SIGCHLD, self._child_ended)
-        self._batches = _until_stopped(batches, self)
+        self._batches = _continued(batches, self, again)
         return self._batches
 
     @contextlib.contextmanager
@@ -91,14 +97,19 @@ class Stopping:
             before(number, frame)
 
 
-def _until_stopped(batches: Iterator[LoadedBatch], stopping: Stopping) -> Generator[LoadedBatch, None, None]:
+def _continued(
+    batches: Iterator[LoadedBatch], stopping: Stopping, again: Callable[[int], LoadedBatch]
+) -> Generator[LoadedBatch, None, None]:
+    number, lost = 0, False
     while True:
         try:
-            batch = next(batches)
+            batch = again(number) if lost else next(batches)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError):  # what a loader raises of dead workers
-            if stopping.asked():
-                return
-            raise
+            if lost or not stopping.asked():
+                raise
+            lost = True
+            continue
+        number += 1
         yield batch

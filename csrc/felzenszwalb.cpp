@@ -21,69 +21,84 @@ using namespace detail;
 
 // ---- Step 4: merging
 
-int32_t find(int32_t* parent, int32_t x) {
-  while (parent[x] != x) x = parent[x] = parent[parent[x]];
+int32_t root_of(const int32_t* parent, int32_t x) {
+  while (parent[x] != x) x = parent[x];
   return x;
 }
 
 // Calls test(a, b, code) for every one of `count` edges whose ends have different roots a and b, in the given
 // order. Most edges are internal by their turn: a branch-free pass over a block first drops those whose ends
 // share a grandparent, which saves the mispredicted branches that otherwise dominate. A stale parent only
-// keeps too many. A block is read before its edges are tested, so that `test` may overwrite codes whose turn
-// has come.
-template <typename Test>
-void for_each_crossing(const Image& image, const Code* codes, size_t count, int32_t* parent, Test test) {
-  constexpr size_t kBlock = 512;
-  std::array<Code, kBlock> kept;
-  const auto first = image.first(), second = image.second();
-  const auto ends = [&](Code code) {
-    const auto pixel = static_cast<int32_t>(code & kPixelMask);
-    return std::pair(pixel + first[code >> kPixelBits], pixel + second[code >> kPixelBits]);
+// keeps too many, and that pass brings the pixels it touches closer to their root.
+template <typename Edge, typename Test>
+void for_each_crossing(const Image& image, const Edge* edges, size_t count, int32_t* parent, Test test) {
+  constexpr size_t kBlock = 256;
+  struct Crossing {
+    int32_t a, b;
+    Code code;
   };
+  std::array<Crossing, kBlock> kept;
+  const auto first = image.first(), second = image.second();
   for (size_t start = 0; start < count; start += kBlock) {
     size_t crossing = 0;
     for (size_t i = start; i < std::min(count, start + kBlock); ++i) {
-      const auto [u, v] = ends(codes[i]);
-      kept[crossing] = codes[i];
-      crossing += parent[parent[u]] != parent[parent[v]];
+      const auto code = static_cast<Code>(edges[i]);
+      const auto pixel = static_cast<int32_t>(code & kPixelMask);
+      const int32_t u = pixel + first[code >> kPixelBits], v = pixel + second[code >> kPixelBits];
+      const int32_t a = parent[parent[u]], b = parent[parent[v]];
+      parent[u] = a;
+      parent[v] = b;
+      kept[crossing] = {a, b, code};
+      crossing += a != b;
     }
     for (size_t i = 0; i < crossing; ++i) {
-      const auto [u, v] = ends(kept[i]);
-      const int32_t a = find(parent, u), b = find(parent, v);
-      if (a != b) test(a, b, kept[i]);
+      const int32_t a = root_of(parent, kept[i].a), b = root_of(parent, kept[i].b);
+      if (a != b) test(a, b, kept[i].code);
     }
   }
 }
 
-// Links the smaller component under the larger one; the labels do not depend on which root survives.
+// Links the smaller component under the larger one, without a branch; the labels do not depend on which root
+// survives.
 Component& link(int32_t* parent, Component* component, int32_t a, int32_t b) {
-  if (component[a].size < component[b].size) std::swap(a, b);
-  parent[b] = a;
-  component[a].size += component[b].size;
-  return component[a];
+  const int32_t size_a = component[a].size, size_b = component[b].size;
+  const int32_t root = size_a < size_b ? b : a, child = a ^ b ^ root;
+  parent[child] = root;
+  component[root].size = size_a + size_b;
+  return component[root];
 }
 
+// Takes the edges level by level. Those inside a component when their level's turn comes, two fifths of a
+// photograph's, are never sorted.
 template <typename Real>
 void merge_edges(const Image& image, const FelzenszwalbParams& params, Workspace<Real>& ws) {
   const double k = params.scale / 255.0;
-  int32_t* parent = ws.parent.at_least(image.pixels);
-  Component* component = ws.component.at_least(image.pixels);
-  for (int64_t p = 0; p < image.pixels; ++p) parent[p] = static_cast<int32_t>(p);
-  std::fill_n(component, image.pixels, Component{1, static_cast<float>(k)});
-  Code* order = ws.order.data();
-  Code* rejected = order;  // never ahead of the edges already read
-  for_each_crossing(image, order, image.edges(), parent, [&](int32_t a, int32_t b, Code code) {
-    const double w = weight_of(code, ws.weights.data(), image.pixels);
-    if (w < std::min(component[a].threshold, component[b].threshold)) {
-      Component& merged = link(parent, component, a, b);
-      merged.threshold = static_cast<float>(w + k / merged.size);
-    } else {
-      *rejected++ = code;
-    }
-  });
-  for_each_crossing(image, order, rejected - order, parent, [&](int32_t a, int32_t b, Code) {
-    if (component[a].size < params.min_size || component[b].size < params.min_size)
-      link(parent, component, a, b);
+  const Real* weights = ws.weights.data();
+  const int64_t pixels = image.pixels, min_size = params.min_size;
+  int32_t* parent = ws.parent.at_least(pixels);
+  Component* component = ws.component.at_least(pixels);
+  for (int64_t p = 0; p < pixels; ++p) parent[p] = static_cast<int32_t>(p);
+  std::fill_n(component, pixels, Component{1, static_cast<float>(k)});
+  Code *rejected = ws.rejected.at_least(image.edges()), *end = rejected;
+  uint64_t first_key = 0;
+  for (const uint32_t last_key : level_ends(image, ws)) {
+    if (last_key < first_key) continue;  // many edges of one weight
+    if (first_key > 0)                   // flatter trees: fewer edges seem to cross
+      for (int64_t p = 0; p < pixels; ++p) parent[p] = parent[parent[parent[p]]];
+    const size_t count = take_level(image, {static_cast<uint32_t>(first_key), last_key}, ws);
+    for_each_crossing(image, ws.records.data(), count, parent, [=, &end](int32_t a, int32_t b, Code code) {
+      const double w = weight_of(code, weights, pixels);
+      if (w < std::min(component[a].threshold, component[b].threshold)) {
+        Component& merged = link(parent, component, a, b);
+        merged.threshold = static_cast<float>(w + k / merged.size);
+      } else {
+        *end++ = code;
+      }
+    });
+    first_key = uint64_t{last_key} + 1;
+  }
+  for_each_crossing(image, rejected, end - rejected, parent, [=](int32_t a, int32_t b, Code) {
+    if (component[a].size < min_size || component[b].size < min_size) link(parent, component, a, b);
   });
 }
 
@@ -93,7 +108,7 @@ void number_segments(const Image& image, Workspace<Real>& ws, int32_t* labels) {
   Component* component = ws.component.data();
   for (int64_t p = 0; p < image.pixels; ++p) component[p].size = -1;  // reused: label of the root
   for (int64_t p = 0; p < image.pixels; ++p) {
-    int32_t& label = component[find(parent, static_cast<int32_t>(p))].size;
+    int32_t& label = component[parent[p] = root_of(parent, parent[p])].size;
     if (label < 0) label = count++;
     labels[p] = label;
   }
@@ -103,7 +118,6 @@ template <typename Real>
 void segment_image(const Image& image, const FelzenszwalbParams& params, Workspace<Real>& ws,
                    int32_t* labels) {
   weigh_edges(image, params.taps, ws);
-  sort_edges(image, ws);
   merge_edges(image, params, ws);
   number_segments(image, ws, labels);
 }

@@ -1,5 +1,5 @@
-// What the three stages of felzenszwalb share: planes and weights (felzenszwalb_weights.cpp), the order of
-// the edges (felzenszwalb_sort.cpp), merging and the batch (felzenszwalb.cpp). Real is double or float.
+// What the three stages of felzenszwalb share: planes and weights (felzenszwalb_weights.cpp), levels of edges
+// in order (felzenszwalb_sort.cpp), merging and the batch (felzenszwalb.cpp). Real is double or float.
 #pragma once
 
 #include <array>
@@ -7,8 +7,17 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "felzenszwalb.h"
+
+// The hot loops are compiled several times and chosen at load time. No version contracts a*b+c, so all give
+// the same bits.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
+#define SEGCLIP_MULTIVERSION __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define SEGCLIP_MULTIVERSION
+#endif
 
 namespace segclip::detail {
 
@@ -24,9 +33,20 @@ struct Component {
   float threshold;  // Int(C) + k / |C|, rounded to float32 as scikit-image stores it
 };
 
+// An edge: key << 32 | code.
+using Record = uint64_t;
+
 struct WideRecord {  // an edge with all bits of its weight
   uint64_t bits;
   Code code;
+};
+
+constexpr uint32_t kLastKey = ~uint32_t{0};
+constexpr int kLevels = 5;  // more would leave fewer edges to sort, but each looks at all of them
+
+// The edges whose keys are first .. last. Levels are merged one after the other, lightest first.
+struct Level {
+  uint32_t first, last;
 };
 
 // Memory that is kept from image to image and never initialised; what it holds is lost when it grows.
@@ -58,16 +78,19 @@ struct Workspace {
   Buffer<Real> row;                   // W + 2 radius, or one value per channel
   Buffer<Real> taps;                  // right half of the Gaussian
   Buffer<const Real*> before, after;  // rows or row positions the blur adds up
-  Buffer<Real> weights;  // (4, H, W): right, down, down-right, up-right; cells without an edge are unused
-  Buffer<uint64_t> records, spare;      // key << 32 | code
-  Buffer<WideRecord> wide, wide_spare;  // float64 only: of edges whose key is not enough
-  Buffer<Code> order;                   // sorted edges; those rejected by the first pass replace them
+  Buffer<Real> weights;   // (4, H, W): right, down, down-right, up-right; cells without an edge are unused
+  Buffer<float> rounded;  // the same in float32, in float64 only
+  Buffer<uint8_t> mask;   // of one row of edges: 1 where the level takes it
+  Buffer<Record> records, spare;        // edges of one level
+  Buffer<WideRecord> wide, wide_spare;  // of a level whose keys are not enough
+  Buffer<Code> rejected;                // by the first pass, in order
   Buffer<int32_t> parent;
   Buffer<Component> component;
 
   size_t bytes() const {  // of the large ones
-    return planes.bytes() + plane.bytes() + weights.bytes() + records.bytes() + spare.bytes() + wide.bytes() +
-           wide_spare.bytes() + order.bytes() + parent.bytes() + component.bytes();
+    return planes.bytes() + plane.bytes() + weights.bytes() + rounded.bytes() + records.bytes() +
+           spare.bytes() + wide.bytes() + wide_spare.bytes() + rejected.bytes() + parent.bytes() +
+           component.bytes();
   }
 };
 
@@ -105,26 +128,22 @@ Real weight_of(Code code, const Real* weights, int64_t pixels) {
   return weights[(code >> kPixelBits) * pixels + (code & kPixelMask)];
 }
 
-// Calls visit(bits of the weight, code) for every edge, codes ascending.
-template <typename Real, typename Visit>
-void for_each_edge(const Image& image, const Real* weights, Visit visit) {
-  for (int direction = 0; direction < 4; ++direction) {
-    const int64_t count = image.columns(direction);
-    for (int64_t y = 0; y < image.rows(direction); ++y) {
-      const int64_t start = y * image.width;
-      const Real* w = weights + direction * image.pixels + start;
-      const Code code = static_cast<Code>(direction) << kPixelBits | static_cast<Code>(start);
-      for (int64_t x = 0; x < count; ++x) visit(bits_of(w[x]), code + static_cast<Code>(x));
-    }
-  }
-}
+// The weights rounded to float32. Their bits are the edges' keys, which order no two edges the wrong way
+// round.
+inline const float* rounded_weights(const Workspace<double>& ws) { return ws.rounded.data(); }
+inline const float* rounded_weights(const Workspace<float>& ws) { return ws.weights.data(); }
 
 // Fills ws.planes with the blurred channels, and ws.weights with the length of every edge.
 template <typename Real>
 void weigh_edges(const Image& image, const std::vector<double>& taps, Workspace<Real>& ws);
 
-// Fills ws.order with all edges in the order (weight, code).
-void sort_edges(const Image& image, Workspace<double>& ws);
-void sort_edges(const Image& image, Workspace<float>& ws);
+// Last keys of the levels, ascending, so that each has about as many edges. Any ends give the same result.
+template <typename Real>
+std::array<uint32_t, kLevels> level_ends(const Image& image, const Workspace<Real>& ws);
+
+// Fills ws.records with those edges of the level whose ends have different parents, in the order (weight,
+// code), and returns their number.
+template <typename Real>
+size_t take_level(const Image& image, Level level, Workspace<Real>& ws);
 
 }  // namespace segclip::detail

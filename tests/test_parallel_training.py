@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import parallel_worker
@@ -170,7 +172,7 @@ def test_devices_and_backends_that_do_not_go_together(tmp_path, monkeypatch):
 # --- killed
 
 
-def launch(run: Path, plan: list[dict], folder: Path) -> subprocess.Popen:
+def launch(plan: list[dict], folder: Path) -> subprocess.Popen:
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
     command = [*TORCHRUN, parallel_worker.__file__, str(file)]
@@ -179,24 +181,28 @@ def launch(run: Path, plan: list[dict], folder: Path) -> subprocess.Popen:
 
 def worker_pids(parent: int) -> list[int]:
     """Of the processes that a torchrun has started."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(pid) for pid in children]
+    found = [file.read_text().split() for file in Path(f"/proc/{parent}/task").glob("*/children")]
+    return [int(pid) for pids in found for pid in pids]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_sharded_run_trains_the_same_model(runs, tmp_path):
+    run = {"output": str(tmp_path / "run"), "fsdp": True, "torchcompile": True, "grad_checkpointing": True}
+    assert launch([{**run, "steps": 12}], tmp_path).wait(timeout=800) == 0
+    assert totals(tmp_path / "run") == pytest.approx(totals(runs / "ddp"), rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_kills_of_one_or_of_all_processes_change_nothing(runs, tmp_path):
     """SIGKILL at random moments, some of them during a checkpoint; every time the run goes on."""
-    import random
-    import time
-
     rng = random.Random(0)
-    steps = 120
-    config = {"steps": steps, "save_every": 3, "output": str(tmp_path / "killed")}
+    config = {"steps": 120, "save_every": 3, "output": str(tmp_path / "killed")}
     run = Path(config["output"])
     kills = 0
     while kills < 10:
-        process = launch(run, [{**config, "resume": "latest"}], tmp_path)
+        process = launch([{**config, "resume": "latest"}], tmp_path)
         before = len(read_log(run))
         target = before + rng.randint(1, 12)
         while len(read_log(run)) < target and process.poll() is None:
@@ -205,17 +211,18 @@ def test_ten_kills_of_one_or_of_all_processes_change_nothing(runs, tmp_path):
             break
         time.sleep(rng.random() * 0.1)
         saved = [one.step for one in checkpoint.find(run)]
-        if kills % 2:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            os.kill(rng.choice(worker_pids(process.pid)), signal.SIGKILL)
+        workers = worker_pids(process.pid)
+        assert len(workers) == 2
+        victims = [process.pid, *workers] if kills % 2 else [rng.choice(workers)]
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
         process.wait(timeout=120)
         kills += 1
         assert [one.step for one in checkpoint.find(run)][-1:] >= saved[-1:]  # nothing good was lost
     assert kills == 10
-    assert launch(run, [{**config, "resume": "latest"}], tmp_path).wait(timeout=300) == 0
+    assert launch([{**config, "resume": "latest"}], tmp_path).wait(timeout=300) == 0
     whole = {**config, "output": str(tmp_path / "whole")}
-    assert launch(run, [whole], tmp_path).wait(timeout=300) == 0
+    assert launch([whole], tmp_path).wait(timeout=300) == 0
     assert_same_weights(tmp_path / "whole", run)
     keys = ("step", "total", "gradient_norm")
     logs = [[[e[k] for k in keys] for e in read_log(path)] for path in (tmp_path / "whole", run)]

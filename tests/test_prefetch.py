@@ -132,16 +132,29 @@ def test_one_batch_ahead_in_a_side_stream(tmp_path, monkeypatch):
     expected = list(stream(config, in_workers=False, steps=3))
     prefetcher = stream(config, in_workers=False, steps=3)
     prefetcher.side = Stream("side")  # type: ignore[assignment]
+    class Event:
+        """Of a device that is always done."""
+
+        def record(self, stream):
+            assert stream.name == "current"
+
+        def query(self):
+            return done
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda self, stream: events.append(f"keep for {stream.name}")
     )
-    found = []
+    found, done = [], False
     for batch in prefetcher:
         found.append(batch)
+        before = prefetcher.seconds
         prefetcher.prefetch()
         prefetcher.prefetch()  # once is enough
+        assert (prefetcher.seconds > before) == done  # a busy device hides the wait
+        done = True
     step = ["current waits for side", *["keep for current"] * 2]
     assert events == ["start in side", *step, "start in side", *step, "start in side", *step]
     for a, b in zip(found, expected, strict=True):

@@ -149,6 +149,14 @@ def test_killed_run_on_composed_stamps_resumes_bit_for_bit(tmp_path, stamp_root)
     assert (np.diff(windows) < -0.02).all(), windows
 
 
+@pytest.mark.slow
+def test_compiled_run_trains_the_same_model(tmp_path):
+    train(quick(tmp_path / "plain"))
+    train(quick(tmp_path / "compiled", torchcompile=True))
+    left, right = ([entry["total"] for entry in read_log(tmp_path / name)] for name in ("plain", "compiled"))
+    assert left == pytest.approx(right, rel=1e-4)
+
+
 def test_output_folder_is_never_overwritten_silently(tmp_path):
     run = tmp_path / "run"
     config = quick(run, steps=2)

@@ -47,7 +47,8 @@ class Prefetcher:
         labels: makes the patch labels of batches that come without.
 
     Attributes:
-        seconds: time the host has spent here so far, mostly waiting for the loader.
+        seconds: time that this has held training up so far, mostly waiting for the loader; what a busy GPU
+            hides does not count.
     """
 
     def __init__(self, loader: Iterator[LoadedBatch], device: torch.device, labels: PatchLabels) -> None:
@@ -81,9 +82,12 @@ class Prefetcher:
         if self.side is None or self.ahead is not None:
             return
         start = time.perf_counter()
+        busy = torch.cuda.Event()
+        busy.record(torch.cuda.current_stream(self.device))
         with contextlib.suppress(StopIteration):  # the current batch is the last
             self.ahead = self._start()
-        self.seconds += time.perf_counter() - start
+        if busy.query():  # all of its work is done: it waits
+            self.seconds += time.perf_counter() - start
 
     def _start(self) -> Batch:
         loaded = next(self.loader)

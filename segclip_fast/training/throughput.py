@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.pipeline import STAGES
@@ -66,6 +67,7 @@ class Throughput:
             "pairs_per_second": self.world * pairs / self.seconds,
             "step_seconds": self.seconds / steps,
             "shares": shares,
+            "communication_within_compute": isinstance(step, FSDPModule),
             "bound_by": bound_by(shares),
             "worker_ms_per_pair": {**spent, "all": total},
             "superpixel_share_of_worker": spent["superpixels"] / total if total else 0.0,
@@ -91,6 +93,8 @@ def describe(report: dict[str, Any]) -> str:
         "compute": "the loader and the network keep up",
     }[report["bound_by"]]
     rate, bound = f"{report['pairs_per_second']:.1f} pairs/s", report["bound_by"]
+    if report["communication_within_compute"]:
+        parts += " (FSDP's communication is within compute)"
     superpixels = f"superpixels {report['superpixel_share_of_worker']:.0%}"
     return (
         f"{rate} over {report['steps']} steps, bound by {bound}: {advice}\n"

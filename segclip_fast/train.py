@@ -38,6 +38,7 @@ ALIASES = {
 HELP = ("-h", "--help")
 PRINT = ("--print-config", "--print_config")
 INSTEAD = {"steps": "epochs", "epochs": "steps"}
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 ERRORS = (ValueError, OSError, FloatingPointError, ImportError, NotImplementedError)
 
 
@@ -71,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         alone = not getattr(error, "on_every_rank", False)
         rank = f" (process {os.environ['RANK']})" if alone and not first else ""
         return _say(f"error{rank}: {error}", first or alone, 2)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        return _say(f"error: another process has ended, see its message ({reason})", first, 2)
     return _say(f"trained model: {config.output}/model", first, 0)
 
 

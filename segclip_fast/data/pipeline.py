@@ -290,4 +290,18 @@ def batches(dataset: PairDataset, positions: Positions, pin: bool = False) -> It
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
     )
-    return iter(loader)
+    return _told_plainly(iter(loader))
+
+
+def _told_plainly(loaded: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
+    """The batches; an error of a worker has its own message, as without workers, not a whole traceback."""
+    try:
+        yield from loaded
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("Caught "):  # how PyTorch begins the tale of a worker's error
+            raise
+        text = str(error).strip().splitlines()[-1].partition(": ")[2]
+        # PyTorch's frames hold the error that holds them: left to the garbage collector, the loader would
+        # wait five seconds for each of its workers.
+        error.__traceback__ = None
+        raise type(error)(text or str(error)) from error

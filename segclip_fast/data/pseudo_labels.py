@@ -10,24 +10,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops import felzenszwalb, patch_labels
-from .sample import RawSample
+from .sample import RawSample, Segmenter
 from .settings import SuperpixelConfig
 from .transforms import cut_segments
-
-
-class Segmenter(Protocol):
-    """Cuts a picture into segments."""
-
-    def __call__(self, picture: RawSample) -> np.ndarray:
-        """(H, W) integers for `picture.image` (H, W, 3) uint8; equal numbers belong together."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -62,3 +62,11 @@ class ImageTextSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> RawSample: ...
+
+
+class Segmenter(Protocol):
+    """Cuts a picture into segments."""
+
+    def __call__(self, picture: RawSample) -> np.ndarray:
+        """(H, W) integers for `picture.image` (H, W, 3) uint8; equal numbers belong together."""
+        ...

@@ -11,7 +11,6 @@ import hashlib
 import io
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -19,10 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..interop.files import write_whole
 from .images import _DECODE_ERRORS
-from .sample import RawSample
-
-if TYPE_CHECKING:
-    from .pseudo_labels import Segmenter
+from .sample import RawSample, Segmenter
 
 _VERSION = 1  # of the files and of what the segmenters compute: a new one finds none of the old files
 _MOST = 2**16  # different labels that 16 bits hold

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import Place, own_rank, world
+from .distributed import Place, communication, own_rank, world
 
 T = TypeVar("T")
 
@@ -32,7 +32,8 @@ def gather_objects(value: T) -> list[T]:
     if world() == 1:
         return [value]
     found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
+    with communication.running():
+        dist.all_gather_object(found, value)
     return found
 
 

@@ -38,7 +38,7 @@ class Damaged:
         return new
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many there are, by shard or folder, then by what is damaged (picture, caption)."""
+        """How many there are, by shard or folder, then by what is damaged (picture, caption, ...)."""
         found: dict[str, Counter[str]] = {}
         for key, reason in self.reasons.items():
             found.setdefault(container(key), Counter())[reason.partition(":")[0]] += 1
@@ -57,9 +57,7 @@ class Damaged:
         key, reason = next((key, why) for key, why in self.reasons.items() if container(key) == worst)
         got = f"{len(self)} of {shown}, {totals[worst]} of them in {worst or 'one source'} ({key}: {reason})"
         advice = "mend or leave out what the log lists as damaged, or raise data.max_damaged"
-        raise ValueError(
-            f"data.max_damaged: expected at most {self.limit:.1%} damaged samples, got {got}; {advice}"
-        )
+        raise ValueError(f"data.max_damaged: expected a share of at most {self.limit:g}, got {got}; {advice}")
 
     def summary(self) -> dict[str, Any]:
         """For the log: the number, and `counts`."""

@@ -134,8 +134,10 @@ def prepare(config: TrainConfig, place: Place) -> Run:
     dataset = PairDataset(source, config.data, model.config, config.seed, superpixels=not labels_here)
     evaluating = agreed(lambda: Evaluating(config, model.config, source))
     path, resume = Path(config.output), _resume(config)
-    on_first(lambda: prepare_folder(path, config, resume))
+    if not resume:  # before there is a folder
+        total_steps(config, len(source), beginning(config, place), place.world)
     on_first(lambda: check_room(path, model))
+    on_first(lambda: prepare_folder(path, config, resume))
 
     model.to(place.device).train()
     step = wrap(model, config, place)
@@ -144,7 +146,7 @@ def prepare(config: TrainConfig, place: Place) -> Run:
     progress = continued(config, resume, model, optimizer, place, notes)
     steps = total_steps(config, len(source), progress, place.world)
     first = place.rank == 0
-    before = on_first(lambda: [Damage(entry["key"], entry["reason"]) for entry in read_log(path, "damaged")])
+    before = on_first(lambda: damaged_before(path, progress.step))
     reporters = agreed(lambda: _reporters(config, path, progress.step) if first else [])
     log = RunLog(path, progress.step, steps, config.quiet, first, reporters)
     pairs = describe_source(source)
@@ -192,6 +194,11 @@ def _resume(config: TrainConfig) -> str:
     return "latest" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else config.resume
 
 
+def beginning(config: TrainConfig, place: Place) -> Progress:
+    """Of a run without a checkpoint."""
+    return Progress(0, 0, place.world, config.batch_size, config.accum_freq)
+
+
 def continued(
     config: TrainConfig,
     resume: str,
@@ -205,9 +212,8 @@ def continued(
     Raises:
         ValueError: no usable checkpoint, or other pairs per step with as many processes.
     """
-    fresh = Progress(0, 0, place.world, config.batch_size, config.accum_freq)
     if not resume:
-        return fresh
+        return beginning(config, place)
     if resume != "latest":
         saved = on_first(lambda: checkpoint.at_path(Path(resume)))
         found = checkpoint.restore(saved, model, optimizer)
@@ -215,7 +221,7 @@ def continued(
     else:
         newest = checkpoint.resume(Path(config.output), model, optimizer)
         if newest is None:
-            return fresh
+            return beginning(config, place)
         found = newest
     batch, before = config.global_batch(place.world), found.batch
     if found.processes == place.world and batch != before and resume == "latest":
@@ -232,6 +238,11 @@ def continued(
     return found
 
 
+def damaged_before(run: Path, step: int) -> list[Damage]:
+    """The damaged samples in the log up to `step`: later lines are dropped, their steps come again."""
+    return [Damage(e["key"], e["reason"]) for e in read_log(run, "damaged") if e["step"] <= step]
+
+
 def total_steps(config: TrainConfig, samples: int, progress: Progress, world: int) -> int:
     """The number of the last step.
 
@@ -244,7 +255,7 @@ def total_steps(config: TrainConfig, samples: int, progress: Progress, world: in
     left = int(config.epochs * samples - progress.position) // batch
     if progress.step + left < 1:
         got = f"{config.epochs} epochs of {samples} pairs"
-        raise ValueError(f"epochs: expected at least one step of {batch} pairs, got {got}")
+        raise everywhere(ValueError(f"epochs: expected at least one step of {batch} pairs, got {got}"))
     return progress.step + max(left, 0)
 
 

@@ -94,7 +94,8 @@ def check_room(run: Path, model: SegCLIP) -> None:
         OSError: the disk has less.
     """
     numbers = sum(value.numel() for value in model.state_dict().values())
-    needed, free = 3 * 4 * numbers, shutil.disk_usage(run).free  # weights and two moments in float32
+    there = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.is_dir())
+    needed, free = 3 * 4 * numbers, shutil.disk_usage(there).free  # weights and two moments in float32
     if free < needed:
         expected = f"room for a checkpoint of {needed / 1e9:.2f} GB in {run}"
         raise OSError(f"output: expected {expected}, got {free / 1e9:.2f} GB")

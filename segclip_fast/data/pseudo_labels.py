@@ -31,8 +31,10 @@ class Felzenszwalb:
     precision: str = "float64"
 
     def __call__(self, picture: RawSample) -> np.ndarray:
-        """(H, W) int64 of one picture, on one thread."""
-        return felzenszwalb(picture.image, **dataclasses.asdict(self), threads=1)
+        """(H, W) int32 of one picture, on one thread."""
+        image = np.require(picture.image, requirements="W")  # PyTorch warns of others
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # of an array the labels would be int64
+        return felzenszwalb(pixels, **dataclasses.asdict(self), threads=1)[0].numpy()
 
     def of_batch(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to (B, H, W) int32 on the same device; on the CPU with every core."""

@@ -48,6 +48,7 @@ bench: install demo/report.json ## timings of this machine's CPU into benchmarks
 	$(BIN)/python benchmarks/flops.py
 	$(BIN)/python benchmarks/superpixel_counts.py
 	$(BIN)/python benchmarks/superpixel_agreement.py
+	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/report.py --benchmarks build/benchmarks.json --demo demo/report.json $(TABLES)
 
 demo/report.json:

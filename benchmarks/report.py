@@ -8,7 +8,8 @@
 A given run replaces its file in benchmarks/results/: cpu_ops.json, cpu_ops_avx512.json for CPUs with AVX-512,
 the GPU's own, cpu_demo.json. Of several runs the later one's entries replace the earlier one's of the same
 name; with --add they join those stored, each under its own commit. What is not given is taken as stored;
-operations.json comes from flops.py, superpixel_*.json and refinements.json from the script of that name.
+operations.json comes from flops.py, superpixel_*.json, refinements.json and streaming.json from the script of
+that name.
 Needs neither torch nor a GPU.
 """
 
@@ -23,9 +24,12 @@ from typing import Any
 from harness.machine import commit, slug
 from reporting.performance import floor_tables, operations_table
 from reporting.refinements import refinement_summary, refinement_tables
+from reporting.streaming import streaming_tables
 from reporting.superpixel_counts import counts_table
 from reporting.superpixels import agreement_table
 from reporting.tables import demo_table, felzenszwalb_table, gpu_tables, ops_table
+from reporting.training import KEY as LOOP_ENTRIES
+from reporting.training import LOOP, training_tables
 
 RESULTS = Path(__file__).parent / "results"
 OPS, OPS_AVX512, DEMO, OPERATIONS = (
@@ -35,10 +39,11 @@ OPS, OPS_AVX512, DEMO, OPERATIONS = (
     "operations.json",
 )
 AGREEMENT, COUNTS = "superpixel_agreement.json", "superpixel_counts.json"
-REFINEMENTS = "refinements.json"
+REFINEMENTS, STREAMING = "refinements.json", "streaming.json"
 MARKERS = {  # of the README, docs/performance.md, docs/superpixels.md and docs/refinement.md
     "results": ("<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"),
     "operations": ("<!-- operations: written by benchmarks/report.py -->", "<!-- end of operations -->"),
+    "streaming": ("<!-- streaming: written by benchmarks/report.py -->", "<!-- end of streaming -->"),
     "floors": ("<!-- floors: written by benchmarks/report.py -->", "<!-- end of floors -->"),
     "agreement": ("<!-- agreement: written by benchmarks/report.py -->", "<!-- end of agreement -->"),
     "counts": ("<!-- counts: written by benchmarks/report.py -->", "<!-- end of counts -->"),
@@ -72,8 +77,8 @@ def main() -> None:
     else:
         fill(options.readme, {"results": readme_tables(stored)})
     if options.performance is not None:
-        operations = operations_table(stored.get(OPERATIONS))
-        fill(options.performance, {"operations": operations, "floors": floor_tables(stored)})
+        blocks = {"operations": operations_table(stored.get(OPERATIONS)), "floors": floor_tables(stored)}
+        fill(options.performance, blocks | {"streaming": streaming_tables(stored.get(STREAMING))})
     if options.superpixels is not None:
         agreement, counts = agreement_table(stored.get(AGREEMENT)), counts_table(stored.get(COUNTS))
         fill(options.superpixels, {"agreement": agreement, "counts": counts})
@@ -98,7 +103,7 @@ def readme_tables(stored: dict[str, dict[str, Any]]) -> str:
         for name in (OPS, OPS_AVX512)
         if name in stored
     ]
-    parts.append(gpu_tables(stored))
+    parts += [gpu_tables(stored), training_tables(stored)]
     return "\n".join(part for part in parts if part)
 
 
@@ -127,6 +132,18 @@ def condense(run: dict[str, Any]) -> dict[str, Any]:
                 common.setdefault(name, entry.pop(name))
     gpu = common.get("device") == "cuda"
     wide = "avx512f" in cpu.get("flags", ())  # products in float32 depend on it
+    kept = [
+        {
+            "group": item["group"],
+            "name": item["name"],
+            "median_ms": round(item["stats"]["median"] * 1e3, 5),
+            "iqr_ms": round(item["stats"]["iqr"] * 1e3, 5),
+            "rounds": item["stats"]["rounds"],
+            **entry,
+        }
+        for item, entry in zip(run["benchmarks"], entries, strict=True)
+    ]
+    loop = [entry for entry in kept if entry.get("op") == LOOP]  # no rivals: apart from those that have
     return {
         "command": "make gpu" if gpu else "pytest benchmarks/ --benchmark-only",
         "commit": commit(),
@@ -134,17 +151,8 @@ def condense(run: dict[str, Any]) -> dict[str, Any]:
         "cores": cpu.get("count"),
         "python": run["machine_info"]["python_version"],
         **common,
-        "benchmarks": [
-            {
-                "group": item["group"],
-                "name": item["name"],
-                "median_ms": round(item["stats"]["median"] * 1e3, 5),
-                "iqr_ms": round(item["stats"]["iqr"] * 1e3, 5),
-                "rounds": item["stats"]["rounds"],
-                **entry,
-            }
-            for item, entry in zip(run["benchmarks"], entries, strict=True)
-        ],
+        "benchmarks": [entry for entry in kept if entry.get("op") != LOOP],
+        **({LOOP_ENTRIES: loop} if loop else {}),
     }
 
 
@@ -155,14 +163,15 @@ def join(runs: list[dict[str, Any]]) -> dict[str, Any]:
         SystemExit: they are of different machines.
     """
     first = runs[0]
-    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    lists: dict[str, dict[tuple[str, str], dict[str, Any]]] = {"benchmarks": {}, LOOP_ENTRIES: {}}
     for run in runs:
         if file_name(run) != file_name(first):
             raise SystemExit(f"expected runs of one machine, got {file_name(first)} and {file_name(run)}")
-        for item in run["benchmarks"]:
-            own = {"commit": run["commit"]} if run["commit"] != first["commit"] else {}
-            entries[item["group"], item["name"]] = {**own, **item}
-    return {**first, "benchmarks": list(entries.values())}
+        own = {"commit": run["commit"]} if run["commit"] != first["commit"] else {}
+        for name, entries in lists.items():
+            entries.update({(item["group"], item["name"]): {**own, **item} for item in run.get(name, ())})
+    found = {name: list(entries.values()) for name, entries in lists.items()}
+    return {**first, **{name: items for name, items in found.items() if items or name in first}}
 
 
 def file_name(run: dict[str, Any]) -> str:

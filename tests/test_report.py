@@ -22,6 +22,7 @@ from harness import machine  # noqa: E402
 from reporting import (  # noqa: E402
     performance,
     rows,
+    streaming,
 )
 
 
@@ -70,6 +71,49 @@ def fake_run(device="cuda"):
     for item in benchmarks:
         item["extra_info"]["device"] = device
     return run
+
+
+def streamed():
+    """A small made-up result of benchmarks/streaming.py."""
+
+    def row(name, superpixels, rate, bound):
+        spent = {"read": 1.5, "crop": 1.0, "superpixels": superpixels, "tokens": 0.5}
+        total = sum(spent.values())
+        return {
+            **{"superpixels": name, "pairs": 1000, "pairs_per_second": rate, "bound_by": bound},
+            **{"worker_ms_per_pair": {**spent, "all": total}, "workers_busy": 0.95},
+            "superpixel_share_of_worker": superpixels / total,
+        }
+
+    rows = [
+        row("scikit-image", 27.0, 66.0, "superpixels"),
+        row("float64", 3.0, 330.0, "superpixels"),
+        row("on the device", 0.0, 600.0, "read"),
+    ]
+    sizes = {"name": "web", "short": 480, "long": 640, "quality": 90, "jpeg_bytes": 54e3, "rows": rows}
+    shares = {"data": 0.75, "communication": 0.0, "compute": 0.25}
+    trained = {"model": "2 blocks", "parameters": 1.25e6, "workers": 1, "pairs_per_second": 40.0}
+    trained |= {"threads": 3, "shares": shares, "bound_by": "data", "workers_could_deliver": 42.0}
+    return {
+        **{"command": "python benchmarks/streaming.py", "commit": "abc", "cpu": "A CPU", "cores": 2},
+        **{"workers": 2, "versions": {"torch": "2.10.0", "scikit-image": "0.26.0"}},
+        **{"sets": [sizes], "training": [trained]},
+    }
+
+
+def loop_entry(B, accum_freq, source, **facts):
+    """An entry of benchmarks/bench_training.py."""
+    shares = {"data": 0.03, "communication": 0.0, "compute": 0.97}
+    found = entry("training loop", "loop", 200.0, "step", "bf16", B, source=source, accum_freq=accum_freq)
+    found["name"] = f"test_training[{source}-B{B}-{accum_freq}]"
+    found["extra_info"] |= {
+        **{"batch_size": B // accum_freq, "grad_checkpointing": False, "images_per_second": B / 0.2},
+        **{"model_flops_per_pair": 126e9, "peak_flops": {"measured": 800e12, "data sheet": 989e12}},
+        **{"mfu": {"measured": 0.6048, "data sheet": 0.4892}, "peak_bytes": 81e9},
+        "throughput": {"bound_by": "compute", "shares": shares, "workers_could_deliver": 4000.0},
+        **facts,
+    }
+    return found
 
 
 def superpixels(implementation, median, images, device="cuda"):
@@ -182,11 +226,63 @@ def test_performance_tables():
     assert performance.operations_table(None).startswith("Not counted yet")
 
 
+def test_streaming_tables():
+    text = streaming.streaming_tables(streamed())
+    assert (
+        "superpixels take 90% of a worker's time with scikit-image's felzenszwalb (27.0 ms per pair) and 50% "
+        "with this package's (3.00 ms); the loader then delivers 330 pairs/s instead of 66.0, and 600 where"
+    ) in text
+    assert "on 2 cores of A CPU, 2 workers, commit abc, torch 2.10.0, scikit-image 0.26.0" in text
+    assert (
+        "| web | float64 | 1,000 | 330 | 1.50 | 1.00 | 3.00 | 0.5 | 6.00 | 50% | 95% | superpixels |" in text
+    )
+    assert "| web | on the device | 1,000 | 600 | 1.50 | 1.00 | 0 | 0.5 | 3.00 | 0% | 95% | read and" in text
+    assert "| 2 blocks, 1.2M parameters | 1 | 3 | 40.0 | 75% | 0% | 25% | data | 42.0 | 1.05x |" in text
+    assert streaming.streaming_tables(None).startswith("Not measured yet: `python benchmarks/streaming.py`")
+
+
+def test_training_through_the_loop_is_a_table_of_its_own():
+    run = fake_run()
+    before = report.condense(run)
+    run["benchmarks"] += [
+        loop_entry(768, 1, "synthetic"),
+        loop_entry(768, 8, "shards", grad_checkpointing=True, mfu={"measured": 0.3, "data sheet": None}),
+    ]
+    found = report.condense(run)
+    assert found["benchmarks"] == before["benchmarks"]  # the tables of rivals do not see it
+    assert [item["source"] for item in found["training_loop"]] == ["synthetic", "shards"]
+    text = report.readme_tables({"nvidia-h200.json": found})
+    assert text.startswith(report.readme_tables({"nvidia-h200.json": before}))
+    assert "Training through the loop: `make gpu` on NVIDIA H200, torch 2.11.0" in text
+    assert (
+        "MFU = 3 x forward x pairs/s / peak, where forward is 42.0 (synthetic), 42.0 (shards) GFLOP" in text
+    )
+    assert "800 TFLOP/s measured here, 989 TFLOP/s by the data sheet" in text
+    assert "| 768 | synthetic | 3840 | 200 | 81.0 | 60% | 49% | compute | 3% | 4000 |" in text
+    assert "| 768 as 8 x 96, checkpointing | shards | 3840 | 200 | 81.0 | 30% | - | compute |" in text
+    assert "training loop" not in performance.floor_tables({"nvidia-h200.json": found})
+    assert "through the loop" not in report.readme_tables({"nvidia-h200.json": before})
+
+
+def test_runs_with_the_loop_are_joined():
+    first, second = fake_run(), fake_run()
+    second["benchmarks"] = [loop_entry(96, 1, "synthetic")]
+    without, alone = report.condense(first), report.condense(second)
+    alone["commit"] = "later"
+    found = report.join([without, alone])
+    assert found["benchmarks"] == without["benchmarks"]
+    assert [item["commit"] for item in found["training_loop"]] == ["later"]
+    assert report.file_name(alone) == "nvidia-h200.json"
+    assert "training_loop" not in report.join([without, without])
+    assert "through the loop" in report.readme_tables({"nvidia-h200.json": alone})
+
+
 def test_report_fills_between_the_markers(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(fake_run()))
     readme, page = tmp_path / "README.md", tmp_path / "performance.md"
     readme.write_text("before\n" + "\nold\n".join(report.MARKERS["results"]) + "\nafter\n")
-    page.write_text("\n".join([*report.MARKERS["operations"], *report.MARKERS["floors"]]))
+    names = ("operations", "floors", "streaming")
+    page.write_text("\n".join(marker for name in names for marker in report.MARKERS[name]))
     command = [sys.executable, ROOT / "benchmarks/report.py", "--benchmarks", tmp_path / "run.json"]
     superpixels = tmp_path / "superpixels.md"
     superpixels.write_text("\n".join([*report.MARKERS["agreement"], *report.MARKERS["counts"]]))
@@ -199,6 +295,10 @@ def test_report_fills_between_the_markers(tmp_path):
     assert "old" not in text
     assert "group_assign" in text
     assert "### NVIDIA H200" in page.read_text()
+    assert "Not measured yet: `python benchmarks/streaming.py`" in page.read_text()
+    (tmp_path / "results/streaming.json").write_text(json.dumps(streamed()))
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert "superpixels take 90% of a worker's time" in page.read_text()
     assert superpixels.read_text().count("Not counted yet") == 2
     assert (tmp_path / "results/nvidia-h200.json").exists()
     readme.write_text("no markers")
@@ -208,7 +308,9 @@ def test_report_fills_between_the_markers(tmp_path):
 def test_the_pages_have_their_markers():
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/performance.md").read_text()
     assert all(marker in readme for marker in report.MARKERS["results"])
-    assert all(marker in page for name in ("operations", "floors") for marker in report.MARKERS[name])
+    assert all(
+        marker in page for name in ("operations", "floors", "streaming") for marker in report.MARKERS[name]
+    )
     page = (ROOT / "docs/superpixels.md").read_text()
     assert all(marker in page for name in ("agreement", "counts") for marker in report.MARKERS[name])
 

@@ -132,6 +132,7 @@ def test_one_batch_ahead_in_a_side_stream(tmp_path, monkeypatch):
     expected = list(stream(config, in_workers=False, steps=3))
     prefetcher = stream(config, in_workers=False, steps=3)
     prefetcher.side = Stream("side")  # type: ignore[assignment]
+
     class Event:
         """Of a device that is always done."""
 

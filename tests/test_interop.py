@@ -14,7 +14,7 @@ from segclip_fast import LossConfig, SegCLIP
 from segclip_fast.config import GroupingConfig, ReconstructionConfig, SegCLIPConfig, TextConfig, VisionConfig
 from segclip_fast.interop import files
 from segclip_fast.interop.authors import infer_config, to_authors
-from segclip_fast.interop.clip import clip_name, load_clip
+from segclip_fast.interop.clip import _weights, clip_name, load_clip
 
 
 def same(a: SegCLIP, b: SegCLIP) -> bool:
@@ -300,6 +300,20 @@ def test_from_clip_refusals(tiny_clip, tmp_path):
     del values["ln_final.weight"]
     with pytest.raises(ValueError, match="missing: ln_final.weight"):
         load_clip(SegCLIP.from_clip("tiny"), values, "file")
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+
+    def fail(name, pretrained):
+        raise RuntimeError("no route to the hub")
+
+    monkeypatch.setattr(open_clip, "create_model", fail)
+    message = (
+        r"pretrained: expected to download ViT-B-16-quickgelu 'openai', or the path of a file .*no route"
+    )
+    with pytest.raises(OSError, match=message):
+        _weights("ViT-B-16-quickgelu", "openai")
 
 
 def test_infer_config_needs_the_release():

@@ -167,6 +167,7 @@ def test_output_folder_is_never_overwritten_silently(tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     with pytest.raises(ValueError, match=r"resume: expected the settings.*other \['batch_size'\]"):
         train(dataclasses.replace(config, resume="latest", batch_size=5))
+    train(dataclasses.replace(config, resume="latest", epochs=0))  # 0 and 0.0 are the same setting
     train(dataclasses.replace(config, overwrite=True))
     assert len(read_log(run)) == 2
     other = tmp_path / "mine"

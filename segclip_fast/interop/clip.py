@@ -59,6 +59,7 @@ def from_clip(
         ImportError: open_clip_torch is not installed.
         ValueError: unknown name or tag, not a ViT, or a file that does not fit the architecture.
         FileNotFoundError: `pretrained` looks like a path and nothing is there.
+        OSError: the weights cannot be downloaded.
     """
     architecture = _architecture(name)
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
@@ -175,7 +176,11 @@ def _weights(name: str, pretrained: str) -> dict[str, Tensor]:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
         raise ValueError(f"pretrained: expected one of {tags} or a file, got {pretrained!r}")
-    return dict(open_clip.create_model(name, pretrained=pretrained).state_dict())
+    try:
+        return dict(open_clip.create_model(name, pretrained=pretrained).state_dict())
+    except (RuntimeError, OSError) as error:
+        expected = f"to download {name} {pretrained!r}, or the path of a file in its place"
+        raise OSError(f"pretrained: expected {expected}, got: {error}") from error
 
 
 def is_archive(path: Path) -> bool:

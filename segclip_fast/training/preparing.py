@@ -127,15 +127,15 @@ def choose_device(name: str) -> torch.device:
 
 def prepare(config: TrainConfig, place: Place) -> Run:
     """Everything that a run needs, continued from a checkpoint where it is to be."""
-    torch.manual_seed(config.seed)
-    model = in_turn(place, lambda: initial_model(config))
     labels_here = agreed(lambda: labels_on_device(config.data.superpixels, place.device))
-    source = in_turn(place, lambda: make_source(config.data, model.config))
-    dataset = PairDataset(source, config.data, model.config, config.seed, superpixels=not labels_here)
-    evaluating = agreed(lambda: Evaluating(config, model.config, source))
+    source = in_turn(place, lambda: make_source(config.data, config.model))
+    dataset = PairDataset(source, config.data, config.model, config.seed, superpixels=not labels_here)
+    evaluating = agreed(lambda: Evaluating(config, config.model, source))
     path, resume = Path(config.output), _resume(config)
     if not resume:  # before there is a folder
         total_steps(config, len(source), beginning(config, place), place.world)
+    torch.manual_seed(config.seed)
+    model = in_turn(place, lambda: initial_model(config))
     on_first(lambda: check_room(path, model))
     on_first(lambda: prepare_folder(path, config, resume))
 

@@ -115,6 +115,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         a, b = old.get(name, math.nan), new.get(name, math.nan)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{name}.")
-        elif json.dumps(a) != json.dumps(b):
+        elif not _same(a, b):
             found.append(prefix + name)
     return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (a, b))
+    return a == b if numbers else json.dumps(a) == json.dumps(b)

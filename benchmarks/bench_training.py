@@ -46,8 +46,8 @@ from segclip_fast.training.throughput import Throughput
 pytestmark = [timed, pytest.mark.skipif(not (CUDA or SMOKE), reason="needs a CUDA device")]
 PRECISION = "bf16" if CUDA else "fp32"
 TOLERANCES = {"fp32": 1e-3, "bf16": 1e-2}  # micro-batches round otherwise than the whole batch
-WARM_UP, STEPS, LEAST = (3, 2, 2) if SMOKE else (3, 30, 5)
-SECONDS = 10.0  # of timed steps, after which no more than LEAST are made
+WARM_UP, STEPS, LEAST = (3, 2, 2) if SMOKE else (3, 20, 5)
+SECONDS = 5.0  # of timed steps, after which no more than LEAST are made
 STORED = 16 if SMOKE else 2000  # pairs in shards
 COUNTED = 32  # pairs of the batch whose operations are counted
 PLANNED = 1000  # steps of the run, of which only the first are made: rates stay low, and the loader busy

@@ -22,6 +22,7 @@ import segclip_fast
 import segclip_fast.kernels
 from segclip_fast import _C
 from segclip_fast.ops import felzenszwalb
+from segclip_fast.training.runs import available, load_run
 
 for module in (segclip_fast, segclip_fast.kernels, _C):
     assert module.__file__.startswith(sys.argv[1]), f"{module.__name__} came from {module.__file__}"
@@ -29,6 +30,7 @@ image = np.zeros((16, 16, 3), np.uint8)
 image[:, 8:] = 255
 labels = felzenszwalb(image, scale=1.0, sigma=0.0, min_size=1)
 assert labels[0, 0] == 0 and labels[0, 15] == 1 and labels.max() == 1, labels
+assert load_run("paper").batch_size == 96 and len(available()) > 3, available()
 print(_C.cuda_build(), _C.cuda_devices())
 PY
   )

@@ -201,7 +201,7 @@ def measure(config):
         "grad_checkpointing": config.grad_checkpointing,
         "batch_size": config.batch_size,
         "accum_freq": config.accum_freq,
-        "superpixels": "device" if run.labels_here else "workers",
+        "superpixels": "device" if run.dataset.labels is None else "workers",
         "tokenizer": tokenizer,
         "throughput": times.report(run.step),
     }

@@ -261,6 +261,13 @@ def test_unusable_settings(tmp_path):
             train(quick(tmp_path / "a", device="cuda"))
 
 
+def test_a_missing_package_is_said_before_there_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="report_to: expected the packages of 'wandb'"):
+        train(quick(tmp_path / "run", report_to="wandb"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_start_from_a_checkpoint(tmp_path):
     first = quick(tmp_path / "a", steps=2)
     train(first)

@@ -187,8 +187,7 @@ class PairDataset(Dataset[Sample]):
         raw = order.source[index]
         read = time.perf_counter() - started
         sample = self.prepare(raw, position)
-        spent = (read, *sample.seconds[1:])
-        return Sample(sample.pixels, sample.tokens, sample.superpixels, sample.facts, damaged, spent)
+        return dataclasses.replace(sample, damaged=damaged, seconds=(read, *sample.seconds[1:]))
 
 
 class _Order:

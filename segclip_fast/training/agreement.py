@@ -15,6 +15,7 @@ from torch import Tensor
 from .distributed import Place, communication, own_rank, world
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 _KINDS: tuple[type[Exception], ...] = (
     ValueError,
@@ -35,9 +36,6 @@ def gather_objects(value: T) -> list[T]:
     with communication.running():
         dist.all_gather_object(found, value)
     return found
-
-
-E = TypeVar("E", bound=BaseException)
 
 
 def everywhere(error: E) -> E:

@@ -33,7 +33,7 @@ from .agreement import agreed, gather_objects, on_first, share_tensors
 from .distributed import own_rank, world
 from .manifest import FORMAT, STATE, TENSORS, read_json, verify, write_manifest
 from .optim import trained
-from .parallel import put_whole, whole, whole_state
+from .parallel import gather_whole, put_whole
 from .random_state import random_state, set_random_state
 
 FOLDER = "checkpoints"
@@ -179,13 +179,14 @@ class _State:
 def _collect(
     progress: Progress, model: SegCLIP, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> _State:
-    """The state of all ranks; only rank 0 need keep it."""
+    """The state of all ranks, with the large tensors on rank 0 only."""
     state = optimizer.state_dict()
-    tensors = {
-        f"optimizer.{index}.{name}": whole(value.detach()).cpu().contiguous()
+    moments = {
+        f"optimizer.{index}.{name}": value
         for index, values in state["state"].items()
         for name, value in values.items()
     }
+    tensors = gather_whole(moments)
     generators = gather_objects(random_state())
     for rank, (random_tensors, _) in enumerate(generators):
         tensors |= {f"random.{rank}.{name}": value for name, value in random_tensors.items()}
@@ -198,7 +199,7 @@ def _collect(
         "random": [values for _, values in generators],
         "config": to_dict(config),
     }
-    return _State(whole_state(model), tensors, entry)
+    return _State(gather_whole(model.state_dict()), tensors, entry)
 
 
 def _write(run: Path, target: Path, model: SegCLIP, state: _State, keep: int) -> None:

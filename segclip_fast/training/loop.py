@@ -32,7 +32,7 @@ from .distributed import Place, communication, contrastive_global, seed_for, sum
 from .log import FILE as LOG
 from .log import read_log
 from .optim import apply_step, trained
-from .parallel import finish_gradients, gradient_norm, whole_state
+from .parallel import finish_gradients, gather_whole, gradient_norm, plain
 from .prefetch import Batch, Prefetcher
 from .preparing import Run, prepare, processes
 from .run_folder import FINAL
@@ -146,8 +146,11 @@ def take_step(
     finish_gradients(run.step)
     norm = gradient_norm(trained(optimizer))
     terms = losses.named()
-    mine = torch.stack([*terms.values(), *norm.new_tensor([len(batch.loaded.damaged), asked()])]).double()
-    found, size = sum_over_ranks(mine).tolist(), norm.item()
+    flags = torch.tensor([len(batch.loaded.damaged), asked()], dtype=torch.float64)
+    flags = flags.to(norm.device, non_blocking=True)
+    summed = sum_over_ranks(torch.cat([torch.stack(list(terms.values())).double(), flags]))
+    own = torch.stack([norm, run.model.logit_scale.detach()]).double()
+    *found, size, scale = torch.cat([summed, own]).tolist()  # the one time that the host waits for the device
     means = {name: value / run.place.world for name, value in zip(terms, found, strict=False)}
     means = {name: value for name, value in means.items() if math.isfinite(value)}
     finite = math.isfinite(size) and len(means) == len(terms)
@@ -167,6 +170,7 @@ def take_step(
         **({} if finite else _samples_of(run, number)),
         "gradient_norm": size if math.isfinite(size) else None,
         **rates(run),
+        "logit_scale": scale,
         "images_per_second": run.batch / seconds,
         **dict(zip(("step_seconds", "data_seconds", "communication_seconds"), spent, strict=True)),
         "memory_gb": memory(run.place.device) / 1e9,
@@ -195,9 +199,9 @@ def losses_and_gradients(run: Run, batch: Batch, number: int) -> Losses:
 
 
 def rates(run: Run) -> dict[str, float]:
-    """What the log says of the optimizer's state."""
+    """The largest and the smallest learning rate of the step."""
     found = [group["lr"] for group in run.optimizer.param_groups]
-    return {"lr": max(found), "lower_lr": min(found), "logit_scale": run.model.logit_scale.item()}
+    return {"lr": max(found), "lower_lr": min(found)}
 
 
 def memory(device: torch.device) -> float:
@@ -223,14 +227,17 @@ def evaluate_if_due(run: Run, step: int) -> None:
     config = run.config
     if step != run.steps and not (config.eval_every and step % config.eval_every == 0):
         return
-    values = run.evaluating.evaluate(run.model)
+    if not run.evaluating.wanted:
+        return
+    with plain(run.model) as model:
+        values = run.evaluating.evaluate(model)
+        picture = run.evaluating.draw(model, run.path, step) if run.place.rank == 0 else None
+    if picture is not None:
+        run.log.picture(step, "samples", picture)
     if values is not None:
         run.log.evaluation(step, values)
         position = run.position(step)
         checkpoint.save_if_best(run.path, step, values["miou"], run.model, run.optimizer, config, position)
-    picture = run.evaluating.draw(run.model, run.path, step, run.place.rank == 0)
-    if picture is not None:
-        run.log.picture(step, "samples", picture)
 
 
 def note_damage(run: Run, step: int, taken: Taken) -> None:
@@ -257,7 +264,7 @@ def finish_log(run: Run, times: throughput.Throughput) -> None:
 
 def save_final(run: Run) -> None:
     """Write OUTPUT/model."""
-    values = whole_state(run.model)
+    values = gather_whole(run.model.state_dict())
     on_first(lambda: save_model(run.model, run.path / FINAL, overwrite=True, values=values))
 
 

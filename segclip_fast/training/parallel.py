@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..interop.checkpoint import build
 from ..model.layers import Block
 from ..model.segclip import SegCLIP
 from .accumulation import Step, TrainingPass
-from .distributed import Place, average_gradients
+from .distributed import Place, average_gradients, own_rank
 
 
 def wrap(model: SegCLIP, config: TrainConfig, place: Place) -> Step:
@@ -97,9 +97,11 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's tensors by name, whole and in host memory; every rank must ask for them."""
-    return {name: whole(value.detach()).cpu() for name, value in module.state_dict().items()}
+def gather_whole(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by name, whole and in host memory, on rank 0; the others help, and get none."""
+    gathered = ((name, whole(value.detach())) for name, value in values.items())
+    first = own_rank() == 0
+    return {name: value.cpu().contiguous() for name, value in gathered if first}
 
 
 def put_whole(target: Tensor, value: Tensor) -> Tensor:
@@ -119,5 +121,5 @@ def plain(model: SegCLIP) -> Iterator[SegCLIP]:
     device = model.logit_scale.device
     copy = build(type(model), model.config, model.loss)
     copy.backend = model.backend
-    copy.load_state_dict(whole_state(model))
+    copy.load_state_dict({name: whole(value.detach()).cpu() for name, value in model.state_dict().items()})
     yield copy.to(device).train(model.training)

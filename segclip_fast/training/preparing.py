@@ -27,7 +27,7 @@ from .evaluating import Evaluating
 from .log import RunLog, read_log
 from .optim import build_optimizer
 from .parallel import wrap
-from .reporters import Reporter, make_reporters
+from .reporters import Reporter, make_reporters, require_packages
 from .run_folder import check_room, prepare_folder, same_architecture
 
 WAIT = 1800.0  # seconds that a process waits for another, such as for the first to index its shards
@@ -44,7 +44,6 @@ class Run:
         step: what computes the losses of a micro-batch, wrapped for several processes.
         optimizer: of the model's parameters.
         dataset: samples by position.
-        labels_here: superpixels are made on the training device.
         progress: finished steps and shown samples at the start.
         steps: number of the last step.
         log: of the run; silent on all processes but the first.
@@ -58,7 +57,6 @@ class Run:
     step: Step
     optimizer: torch.optim.Optimizer
     dataset: PairDataset
-    labels_here: bool
     progress: Progress
     steps: int
     log: RunLog
@@ -127,10 +125,11 @@ def choose_device(name: str) -> torch.device:
 
 def prepare(config: TrainConfig, place: Place) -> Run:
     """Everything that a run needs, continued from a checkpoint where it is to be."""
+    agreed(lambda: require_packages(config.report_to) if place.rank == 0 else None)
     labels_here = agreed(lambda: labels_on_device(config.data.superpixels, place.device))
     source = in_turn(place, lambda: make_source(config.data, config.model))
     dataset = PairDataset(source, config.data, config.model, config.seed, superpixels=not labels_here)
-    evaluating = agreed(lambda: Evaluating(config, config.model, source))
+    evaluating = agreed(lambda: Evaluating(config, source))
     path, resume = Path(config.output), _resume(config)
     if not resume:  # before there is a folder
         total_steps(config, len(source), beginning(config, place), place.world)
@@ -155,9 +154,7 @@ def prepare(config: TrainConfig, place: Place) -> Run:
         for line in (pairs, *notes):
             log.say(line)
     damaged = Damaged(config.data.max_damaged, before)
-    return Run(
-        config, place, model, step, optimizer, dataset, labels_here, progress, steps, log, damaged, evaluating
-    )
+    return Run(config, place, model, step, optimizer, dataset, progress, steps, log, damaged, evaluating)
 
 
 def initial_model(config: TrainConfig) -> SegCLIP:
@@ -228,7 +225,7 @@ def continued(
         names = ("batch_size", "accum_freq")
         different = [name for name in names if getattr(config, name) != getattr(found, name)]
         expected = f"the settings of the run in {config.output}"
-        raise ValueError(f"resume: expected {expected}, got other {different}")
+        raise everywhere(ValueError(f"resume: expected {expected}, got other {different}"))
     if found.processes != place.world:
         same = "as many pairs per step" if batch == before else f"{batch} pairs per step instead of {before}"
         notes.append(

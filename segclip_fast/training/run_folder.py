@@ -11,8 +11,9 @@ from typing import Any
 from ..config import SegCLIPConfig, TrainConfig, to_dict
 from ..interop.files import write_whole
 from ..model.segclip import SegCLIP
-from . import checkpoint
+from . import checkpoint, pictures
 from .log import FILE as LOG
+from .reporters import TENSORBOARD, WANDB_ID
 
 CONFIG, FINAL = "train.json", "model"
 # Settings that may differ between the first start of a run and its continuation.
@@ -75,9 +76,9 @@ def prepare_folder(run: Path, config: TrainConfig, resume: str) -> None:
             raise ValueError(f"resume: expected the settings of the run in {run}, got other {different}")
         return
     if occupied:
-        for part in (checkpoint.FOLDER, FINAL, "pictures", "tensorboard", "wandb"):
+        for part in (checkpoint.FOLDER, FINAL, pictures.FOLDER, TENSORBOARD, "wandb"):
             shutil.rmtree(run / part, ignore_errors=True)
-        for name in (LOG, "wandb_id.txt"):
+        for name in (LOG, WANDB_ID):
             (run / name).unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / CONFIG, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))

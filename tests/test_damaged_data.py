@@ -6,14 +6,13 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import subprocess
 from collections import namedtuple
 from pathlib import Path
 
 import damaged_worker
 import pytest
 import torch
-import torch.distributed as dist
+import torchrun
 from damaged_shards import (
     BAD,
     BATCH,
@@ -24,7 +23,6 @@ from damaged_shards import (
     write_damaged,
     write_run_of_damage,
 )
-from test_parallel_training import TORCHRUN, environment
 from test_training import assert_same_weights
 
 from segclip_fast.data import shards as shards_module
@@ -214,8 +212,6 @@ def test_what_does_not_fit_is_said_before_the_first_step(tmp_path, monkeypatch, 
 @pytest.fixture(scope="module")
 def both(found, tmp_path_factory) -> Path:
     """Runs of two processes, in folders of their names."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this PyTorch has no gloo")
     folder = tmp_path_factory.mktemp("both")
 
     def entry(name, **changes):
@@ -228,15 +224,9 @@ def both(found, tmp_path_factory) -> Path:
         entry("hopeless", steps=12, save_every=4, bad_loss=[2, 3, 5, 6, 7], max_skipped=3),
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
-    done = torchrun([damaged_worker.__file__, str(folder / "plan.json")])
+    done = torchrun.run(damaged_worker.__file__, folder / "plan.json")
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [*TORCHRUN, *arguments]
-    env = environment()
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 def written(both: Path, name: str, ending: str) -> list[str]:
@@ -285,12 +275,10 @@ def test_too_many_skipped_steps_stop_both_processes(both):
 
 def test_nothing_usable_on_one_process_ends_both(tmp_path):
     """The second process finds nothing for step 2, while the first waits for it in the middle of the step."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this PyTorch has no gloo")
     shard = write_run_of_damage(tmp_path / "a.tar", order_of(SEED, 0, 80), 6, RETRIES + 1)
     config = run_config(tmp_path / "run", shard, batch_size=2)
     (tmp_path / "run.yaml").write_text(dump(config))
-    done = torchrun(["-m", "segclip_fast.train", str(tmp_path / "run.yaml")])
+    done = torchrun.run("-m", "segclip_fast.train", tmp_path / "run.yaml")
     assert done.returncode != 0
     assert "error (process 1): data.train_data: expected a usable sample among 51, got none" in done.stderr
     assert [entry["step"] for entry in read_log(tmp_path / "run")] == [1]

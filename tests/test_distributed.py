@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import distributed_worker as worker
 import pytest
 import torch
 import torch.distributed as dist
+import torchrun
 from conftest import assert_close, relative_rms
 
 from segclip_fast import LossConfig, losses
@@ -34,16 +31,8 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes under torchrun found."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this PyTorch has no gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(worker.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [*command, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = torchrun.run(worker.__file__, folder)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(worker.WORLD)]
 

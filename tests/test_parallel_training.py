@@ -10,26 +10,19 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import parallel_worker
 import pytest
 import torch.distributed as dist
+import torchrun
 from test_training import assert_same_weights, quick
 
 from segclip_fast.training import checkpoint
 from segclip_fast.training.distributed import process_group
 from segclip_fast.training.log import read_log
 from segclip_fast.training.loop import train
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(Path(parallel_worker.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def totals(run: Path) -> list[float]:
@@ -39,8 +32,6 @@ def totals(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """Runs of two processes, in folders of their names."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this PyTorch has no gloo")
     folder = tmp_path_factory.mktemp("runs")
 
     def entry(name, **changes):
@@ -56,10 +47,7 @@ def runs(tmp_path_factory) -> Path:
         entry("fsdp", overwrite=False),  # refused on both
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
-    command = [*TORCHRUN, parallel_worker.__file__, str(folder / "plan.json")]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    done = torchrun.run(parallel_worker.__file__, folder / "plan.json")
     assert done.returncode == 0, done.stderr
     assert "stopped by SIGTERM: step 6 of 12 is saved" in done.stderr
     return folder
@@ -175,8 +163,10 @@ def test_devices_and_backends_that_do_not_go_together(tmp_path, monkeypatch):
 def launch(plan: list[dict], folder: Path) -> subprocess.Popen:
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
-    command = [*TORCHRUN, parallel_worker.__file__, str(file)]
-    return subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+    command = torchrun.command(parallel_worker.__file__, file)
+    return subprocess.Popen(
+        command, env=torchrun.environment(), stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def worker_pids(parent: int) -> list[int]:
